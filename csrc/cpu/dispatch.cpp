@@ -1,0 +1,132 @@
+// Chooses the instruction set once, forwards the public operators to its kernels, and owns what is per process or per
+// thread: the selection and the scratch.
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+
+#include "kernels.h"
+
+namespace fasternet {
+namespace {
+
+struct IsaEntry {
+  Isa isa;
+  const char* name;
+  const Kernels* kernels;  // null where not compiled in
+};
+
+const IsaEntry kIsas[] = {
+    {Isa::kGeneric, "generic", &kKernelsGeneric},
+#ifdef FASTERNET_HAVE_X86
+    {Isa::kAvx2, "avx2", &kKernelsAvx2},
+    {Isa::kAvx512, "avx512", &kKernelsAvx512},
+#else
+    {Isa::kAvx2, "avx2", nullptr},
+    {Isa::kAvx512, "avx512", nullptr},
+#endif
+};
+
+bool runs_here(Isa isa) {
+  switch (isa) {
+    case Isa::kGeneric:
+      return true;
+#ifdef FASTERNET_HAVE_X86
+    case Isa::kAvx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    case Isa::kAvx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
+#endif
+    default:
+      return false;
+  }
+}
+
+const Kernels& select() {
+  const Kernels* fastest = nullptr;
+  std::string available;
+  const char* wanted = std::getenv("FASTERNET_KERNELS_ISA");
+  for (const IsaEntry& entry : kIsas) {
+    if (!entry.kernels || !runs_here(entry.isa)) continue;
+    if (wanted && *wanted && std::string(wanted) == entry.name) return *entry.kernels;
+    fastest = entry.kernels;
+    available += available.empty() ? entry.name : std::string(", ") + entry.name;
+  }
+  if (wanted && *wanted) {
+    throw std::runtime_error("FASTERNET_KERNELS_ISA is '" + std::string(wanted) +
+                             "', expected one that this machine has: " + available);
+  }
+  return *fastest;
+}
+
+struct ThreadScratch {
+  void* data[kSlotCount] = {};
+  int64_t bytes[kSlotCount] = {};
+  ~ThreadScratch() {
+    for (void* p : data) ::operator delete(p, std::align_val_t(64));
+  }
+};
+thread_local ThreadScratch thread_scratch;
+
+void run_serially(void*, int64_t n, ParallelFor::Body body, void* body_context) {
+  if (n > 0) body(body_context, 0, n);
+}
+
+}  // namespace
+
+Act parse_act(const std::string& name) {
+  static const char* const kNames[] = {"identity", "relu", "gelu", "gelu_tanh", "silu", "hardswish"};
+  for (int i = 0; i < 6; ++i) {
+    if (name == kNames[i]) return static_cast<Act>(i);
+  }
+  throw std::invalid_argument("act is '" + name + "', expected one of identity, relu, gelu, gelu_tanh, silu, hardswish");
+}
+
+const char* isa_name(Isa isa) { return kIsas[static_cast<int>(isa)].name; }
+
+std::vector<Isa> available_isas() {
+  std::vector<Isa> isas;
+  for (const IsaEntry& entry : kIsas) {
+    if (entry.kernels && runs_here(entry.isa)) isas.push_back(entry.isa);
+  }
+  return isas;
+}
+
+const Kernels& kernels() {
+  static const Kernels& selected = select();  // a throwing initialisation is tried again at the next call
+  return selected;
+}
+
+Isa selected_isa() { return kernels().isa; }
+
+std::string compiler() {
+#if defined(__clang__)
+  return "Clang " __clang_version__;
+#elif defined(__GNUC__)
+  return "GCC " __VERSION__;
+#else
+  return "unknown";
+#endif
+}
+
+ParallelFor serial() { return {run_serially, nullptr, 1}; }
+
+void* scratch(Slot slot, int64_t bytes) {
+  ThreadScratch& mine = thread_scratch;
+  if (mine.bytes[slot] < bytes) {
+    ::operator delete(mine.data[slot], std::align_val_t(64));
+    mine.data[slot] = nullptr;
+    mine.bytes[slot] = 0;
+    mine.data[slot] = ::operator new(static_cast<size_t>(bytes), std::align_val_t(64));
+    mine.bytes[slot] = bytes;
+  }
+  return mine.data[slot];
+}
+
+void pconv3x3(const PConv3x3& args, const ParallelFor& parallel) { kernels().pconv3x3(args, parallel); }
+void pconv_pw(const PConvPw& args, const ParallelFor& parallel) { kernels().pconv_pw(args, parallel); }
+void block(const Block& args, const ParallelFor& parallel) { kernels().block(args, parallel); }
+void patch_conv(const PatchConv& args, const ParallelFor& parallel) { kernels().patch_conv(args, parallel); }
+void head(const Head& args, const ParallelFor& parallel) { kernels().head(args, parallel); }
+
+}  // namespace fasternet

@@ -1,0 +1,998 @@
+// The CPU kernels, once, for every instruction set: kernels_<isa>.cpp defines the FASTERNET_* macros and includes this file.
+//
+// What a block computes, for a tile of consecutive pixels of about kTilePixels (arXiv 2303.03667, section 3.3):
+//
+//   padded rows of x[:, :c_partial]  -> u = conv3x3                     K = 3 segments of 3 * c_partial, one per kernel row
+//   for each chunk of hidden channels (at most kHiddenChunk):
+//     h  = act([u | x[:, c_partial:]] * w_pw1 + shift)                  K = 2 segments: no concatenation is ever written
+//     y += h * w_pw2                                                    the residual joins in the last chunk's epilogue
+//
+// u, h and the partial sums of y are scratch of one thread and stay in its L2 cache; x is read once (three rows twice) and y
+// is written once: (2 + 2/rows) * C elements of traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112 pixels give
+// each row group a dozen visits per panel while h (112 x 256 floats) stays at 112 KB.
+//
+// All arithmetic goes through one micro-kernel, `micro`: kRows x kVecs accumulators over a list of K segments. An element's
+// sum runs over K in one order whatever the tile, so tiling and threads never change the bits.
+#include <math.h>
+
+#include "kernels.h"
+
+#if defined(__clang__)
+#define FASTERNET_UNROLL _Pragma("unroll")
+#else
+#define FASTERNET_UNROLL _Pragma("GCC unroll 32")
+#endif
+
+namespace fasternet {
+namespace FASTERNET_ISA_NAMESPACE {
+
+#include "vec.h"
+
+constexpr int64_t kTilePixels = 112;
+constexpr int64_t kWholeRows = 160;     // wider images are cut into row segments of about kTilePixels
+constexpr int64_t kDepth = 256;         // K per pass: a panel of 256 cache lines is 16 KB and stays in L1
+constexpr int64_t kHiddenChunk = 256;   // hidden channels per pass
+constexpr int kMaxSegments = 4;
+constexpr int kMaxRows = FASTERNET_ROWS;
+constexpr int kVectorsPerPanel = kPanelBytes / FASTERNET_VECTOR_BYTES;
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+template <class T>
+constexpr int64_t panel_width() {
+  return kPanelBytes / static_cast<int64_t>(sizeof(T));
+}
+
+// ---- Storage types --------------------------------------------------------------------------------------------------
+
+struct bf16 {
+  uint16_t bits;
+};
+inline float to_compute(float v) { return v; }
+inline double to_compute(double v) { return v; }
+inline float to_compute(bf16 v) {
+  const uint32_t wide = static_cast<uint32_t>(v.bits) << 16;
+  float f;
+  __builtin_memcpy(&f, &wide, sizeof(f));
+  return f;
+}
+inline void to_storage(float v, float* out) { *out = v; }
+inline void to_storage(double v, double* out) { *out = v; }
+inline void to_storage(float v, bf16* out) {  // round to nearest even; NaN stays NaN
+  uint32_t bits;
+  __builtin_memcpy(&bits, &v, sizeof(bits));
+  const uint32_t rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  out->bits = static_cast<uint16_t>((v != v ? (bits | 0x400000) : rounded) >> 16);
+}
+template <class A, class B>
+struct Same {
+  static constexpr bool value = false;
+};
+template <class A>
+struct Same<A, A> {
+  static constexpr bool value = true;
+};
+
+// ---- Micro-kernel ---------------------------------------------------------------------------------------------------
+
+// c[r][j] = epilogue(c_in[r][j] + sum over segments s and k of a[s][r][k] * b[k][j]) for kRows rows and one tile of columns.
+template <class T>
+struct Micro {
+  int n_segments;
+  const T* a[kMaxSegments];
+  int64_t k[kMaxSegments];
+  int64_t a_stride[kMaxSegments];  // elements from row to row
+  const T* b;                      // at the first k of the first segment
+  int64_t b_panel;                 // elements from panel to panel
+  const T* c_in;                   // null: zeros
+  int64_t c_in_stride;
+  T* c;
+  int64_t c_stride;
+  const T* shift;  // null: none; per column
+  bool relu;
+  const T* residual;  // null: none
+  int64_t residual_stride;
+};
+
+template <class T, int kBytes, int kRows, int kVecs, int kVecsPerPanel>
+void micro(const Micro<T>& m) {
+  using V = typename VecOf<T, kBytes>::type;
+  constexpr int kLanes = VecOf<T, kBytes>::kLanes;
+  V acc[kRows][kVecs];
+  if (m.c_in) {
+    FASTERNET_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FASTERNET_UNROLL
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = load<V>(m.c_in + r * m.c_in_stride + j * kLanes);
+    }
+  } else {
+    FASTERNET_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FASTERNET_UNROLL
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = V{};
+    }
+  }
+  const T* b = m.b;
+  const int64_t b_panel = m.b_panel;
+  for (int s = 0; s < m.n_segments; ++s) {
+    // One pointer for every three rows: x86 addresses base, base + stride and base + 2 * stride without arithmetic.
+    constexpr int kBases = (kRows + 2) / 3;
+    const int64_t stride = m.a_stride[s] * static_cast<int64_t>(sizeof(T));
+    const char* base[kBases];
+    FASTERNET_UNROLL
+    for (int i = 0; i < kBases; ++i) base[i] = reinterpret_cast<const char*>(m.a[s]) + 3 * i * stride;
+    for (int64_t k = m.k[s]; k > 0; --k) {
+      V w[kVecs];
+      FASTERNET_UNROLL
+      for (int j = 0; j < kVecs; ++j) {
+        w[j] = load<V>(b + (j / kVecsPerPanel) * b_panel + (j % kVecsPerPanel) * kLanes);
+      }
+      b += kVecsPerPanel * kLanes;
+      FASTERNET_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const T value = *reinterpret_cast<const T*>(base[r / 3] + (r % 3) * stride);
+        FASTERNET_UNROLL
+        for (int j = 0; j < kVecs; ++j) acc[r][j] += w[j] * value;
+      }
+      FASTERNET_UNROLL
+      for (int i = 0; i < kBases; ++i) base[i] += sizeof(T);
+    }
+  }
+  if (m.shift) {
+    FASTERNET_UNROLL
+    for (int j = 0; j < kVecs; ++j) {
+      const V shift = load<V>(m.shift + j * kLanes);
+      FASTERNET_UNROLL
+      for (int r = 0; r < kRows; ++r) acc[r][j] += shift;
+    }
+  }
+  if (m.relu) {
+    FASTERNET_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FASTERNET_UNROLL
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = acc[r][j] < V{} ? V{} : acc[r][j];
+    }
+  }
+  if (m.residual) {
+    FASTERNET_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FASTERNET_UNROLL
+      for (int j = 0; j < kVecs; ++j) acc[r][j] += load<V>(m.residual + r * m.residual_stride + j * kLanes);
+    }
+  }
+  FASTERNET_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTERNET_UNROLL
+    for (int j = 0; j < kVecs; ++j) store(m.c + r * m.c_stride + j * kLanes, acc[r][j]);
+  }
+}
+
+// The micro-kernels of one column width for 1 .. kMaxRows rows.
+template <class T, int kBytes, int kVecs, int kVecsPerPanel>
+struct MicroTable {
+  using Function = void (*)(const Micro<T>&);
+  Function rows[kMaxRows + 1];
+  constexpr MicroTable() : rows() { fill<1>(); }
+  template <int kRows>
+  constexpr void fill() {
+    rows[kRows] = micro<T, kBytes, kRows, kVecs, kVecsPerPanel>;
+    if constexpr (kRows < kMaxRows) fill<kRows + 1>();
+  }
+};
+constexpr int kHalfBytes = FASTERNET_VECTOR_BYTES < kPanelBytes / 2 ? FASTERNET_VECTOR_BYTES : kPanelBytes / 2;
+constexpr int kHalfVecs = kPanelBytes / 2 / kHalfBytes;
+template <class T>
+constexpr MicroTable<T, FASTERNET_VECTOR_BYTES, FASTERNET_PANELS * kVectorsPerPanel, kVectorsPerPanel> kWide{};
+template <class T>
+constexpr MicroTable<T, FASTERNET_VECTOR_BYTES, kVectorsPerPanel, kVectorsPerPanel> kPanel{};
+template <class T>
+constexpr MicroTable<T, kHalfBytes, kHalfVecs, kHalfVecs> kHalf{};
+
+// ---- Activation of a finished tile, while it is in L1 ---------------------------------------------------------------
+
+template <Act kAct, class T>
+void activate_as(T* c, int64_t stride, int64_t rows, int64_t columns) {
+  if constexpr (Same<T, float>::value) {
+    using VT = VecOf<float, kHalfBytes < FASTERNET_VECTOR_BYTES ? kHalfBytes : FASTERNET_VECTOR_BYTES>;
+    using Wide = VecOf<float, FASTERNET_VECTOR_BYTES>;
+    for (int64_t r = 0; r < rows; ++r, c += stride) {
+      int64_t j = 0;
+      for (; j + Wide::kLanes <= columns; j += Wide::kLanes) {
+        store(c + j, act_ps<kAct, Wide>(load<typename Wide::type>(c + j)));
+      }
+      for (; j < columns; j += VT::kLanes) store(c + j, act_ps<kAct, VT>(load<typename VT::type>(c + j)));
+    }
+  } else {
+    for (int64_t r = 0; r < rows; ++r, c += stride) {
+      for (int64_t j = 0; j < columns; ++j) c[j] = act_pd<kAct>(c[j]);
+    }
+  }
+}
+
+// columns is a multiple of half a panel.
+template <class T>
+void activate(Act act, T* c, int64_t stride, int64_t rows, int64_t columns) {
+  switch (act) {
+    case Act::kIdentity:
+      return;
+    case Act::kRelu:
+      return activate_as<Act::kRelu>(c, stride, rows, columns);
+    case Act::kGelu:
+      return activate_as<Act::kGelu>(c, stride, rows, columns);
+    case Act::kGeluTanh:
+      return activate_as<Act::kGeluTanh>(c, stride, rows, columns);
+    case Act::kSilu:
+      return activate_as<Act::kSilu>(c, stride, rows, columns);
+    case Act::kHardswish:
+      return activate_as<Act::kHardswish>(c, stride, rows, columns);
+  }
+}
+
+// ---- GEMM of a tile -------------------------------------------------------------------------------------------------
+
+// Up to kMaxRows consecutive rows of the output, whose A rows are evenly strided in every segment.
+template <class T>
+struct RowGroup {
+  const T* a[kMaxSegments];
+  int64_t row;
+  int rows;
+};
+
+// A packed weight: see fasternet_cpu.h.
+template <class T>
+struct Packed {
+  const T* data;
+  int64_t n, k, n_padded;
+  Packed(const T* packed, int64_t n_, int64_t k_) : data(packed), n(n_), k(k_), n_padded(padded_n(n_, sizeof(T))) {}
+  const T* shift() const { return data + n_padded * k; }
+  const T* next() const { return data + packed_elements(n, k, sizeof(T)); }
+};
+
+template <class T>
+struct Gemm {
+  const RowGroup<T>* groups;
+  int64_t n_groups;
+  int n_segments;
+  int64_t segment_k[kMaxSegments];
+  int64_t segment_stride[kMaxSegments];
+  const Packed<T>* b;
+  int64_t k_begin;         // the segments are this part of b's K
+  int64_t n_begin, n_end;  // columns of b; n_begin a multiple of a panel, n_end of a panel or n_padded
+  const T* c_in;           // null: zeros
+  int64_t c_in_stride;
+  T* c;  // column n_begin of row 0
+  int64_t c_stride;
+  bool shift;
+  Act act;
+  const T* residual;  // like c
+  int64_t residual_stride;
+};
+
+// Loops: depth, then column tiles, then row groups, so that a panel's kDepth rows are read from L1 by all row groups.
+template <class T>
+void gemm(const Gemm<T>& g) {
+  constexpr int64_t kWidth = panel_width<T>();
+  int64_t depth = 0;
+  for (int s = 0; s < g.n_segments; ++s) depth += g.segment_k[s];
+  const int64_t passes = ceil_div(depth, kDepth);
+  const bool late_act = g.act != Act::kIdentity && g.act != Act::kRelu;
+  for (int64_t pass = 0; pass < passes; ++pass) {
+    const int64_t k0 = pass * depth / passes, k1 = (pass + 1) * depth / passes;
+    const bool first = pass == 0, last = pass == passes - 1;
+    // The part of each segment inside [k0, k1).
+    Micro<T> m;
+    int source[kMaxSegments];
+    int64_t offset[kMaxSegments];
+    m.n_segments = 0;
+    int64_t begin = 0;
+    for (int s = 0; s < g.n_segments; ++s) {
+      const int64_t end = begin + g.segment_k[s];
+      const int64_t from = begin > k0 ? begin : k0, to = end < k1 ? end : k1;
+      if (from < to) {
+        const int i = m.n_segments++;
+        source[i] = s;
+        offset[i] = from - begin;
+        m.k[i] = to - from;
+        m.a_stride[i] = g.segment_stride[s];
+      }
+      begin = end;
+    }
+    m.b_panel = kWidth * g.b->k;
+    m.c_in_stride = first ? g.c_in_stride : g.c_stride;
+    m.c_stride = g.c_stride;
+    m.relu = last && g.act == Act::kRelu;
+    m.residual_stride = g.residual_stride;
+    for (int64_t n = g.n_begin; n < g.n_end;) {
+      const int64_t left = g.n_end - n;
+      const auto* table = kHalf<T>.rows;
+      int64_t width = kWidth / 2;
+      if (left >= kWidth * FASTERNET_PANELS) {
+        table = kWide<T>.rows;
+        width = kWidth * FASTERNET_PANELS;
+      } else if (left >= kWidth) {
+        table = kPanel<T>.rows;
+        width = kWidth;
+      }
+      const int64_t lanes = width < kWidth ? width : kWidth;
+      m.b = g.b->data + n * g.b->k + (g.k_begin + k0) * lanes;
+      m.shift = last && g.shift ? g.b->shift() + n : nullptr;
+      const int64_t column = n - g.n_begin;
+      for (int64_t i = 0; i < g.n_groups; ++i) {
+        const RowGroup<T>& group = g.groups[i];
+        for (int s = 0; s < m.n_segments; ++s) m.a[s] = group.a[source[s]] + offset[s];
+        m.c = g.c + group.row * g.c_stride + column;
+        m.c_in = !first ? m.c : g.c_in ? g.c_in + group.row * g.c_in_stride + column : nullptr;
+        m.residual = last && g.residual ? g.residual + group.row * g.residual_stride + column : nullptr;
+        table[group.rows](m);
+        if (last && late_act) activate(g.act, m.c, g.c_stride, group.rows, width);
+      }
+      n += width;
+    }
+  }
+}
+
+// Cuts `rows` rows that start at row `row` into groups of nearly equal size. Returns the number of groups written.
+template <class T>
+int64_t add_groups(RowGroup<T>* groups, int64_t row, int64_t rows, int n_segments, const T* const* a, const int64_t* stride) {
+  const int64_t n = ceil_div(rows, kMaxRows);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t begin = i * rows / n, end = (i + 1) * rows / n;
+    groups[i].row = row + begin;
+    groups[i].rows = static_cast<int>(end - begin);
+    for (int s = 0; s < n_segments; ++s) groups[i].a[s] = a[s] + begin * stride[s];
+  }
+  return n;
+}
+
+// ---- Tiles ----------------------------------------------------------------------------------------------------------
+
+// Cuts `rows` image rows (of all images) of `width` pixels into tiles of about kTilePixels consecutive pixels: whole rows, or
+// a segment of one row where rows are long. Enough tiles for every thread where there are enough rows.
+struct Tiling {
+  int64_t rows, width, segments, tiles;
+  Tiling(int64_t rows_, int64_t width_, int threads) : rows(rows_), width(width_) {
+    segments = width <= kWholeRows ? 1 : ceil_div(width, kTilePixels);
+    if (segments > 1) {
+      tiles = rows * segments;
+      return;
+    }
+    tiles = ceil_div(rows * width, kTilePixels);
+    if (tiles < threads) tiles = threads;
+    if (tiles < 8 * threads) tiles = round_up(tiles, threads);  // no thread with one tile more than another's few
+    if (tiles > rows) tiles = rows;
+  }
+  struct Tile {
+    int64_t row0, row1, column0, column1;
+    int64_t pixel(int64_t width) const { return row0 * width + column0; }
+    int64_t columns() const { return column1 - column0; }
+    int64_t pixels() const { return (row1 - row0) * columns(); }
+  };
+  Tile tile(int64_t i) const {
+    if (segments > 1) {
+      const int64_t row = i / segments, s = i % segments;
+      return {row, row + 1, s * width / segments, (s + 1) * width / segments};
+    }
+    return {i * rows / tiles, (i + 1) * rows / tiles, 0, width};
+  }
+  int64_t max_rows() const { return segments > 1 ? 1 : tiles ? ceil_div(rows, tiles) : 0; }
+  int64_t max_columns() const { return ceil_div(width, segments); }
+  int64_t max_pixels() const { return max_rows() * max_columns(); }
+  int64_t max_groups() const { return max_rows() * ceil_div(max_columns(), kMaxRows) + ceil_div(max_pixels(), kMaxRows); }
+};
+
+template <class F>
+void parallel_for(const ParallelFor& parallel, int64_t n, const F& f) {
+  if (n <= 0) return;
+  parallel.run(
+      parallel.context, n,
+      [](void* context, int64_t begin, int64_t end) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+// Pieces of one scratch buffer, each on its own cache line.
+struct Carver {
+  char* base = nullptr;  // null while sizes are being added up
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t n) {
+    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used = round_up(used + n * static_cast<int64_t>(sizeof(T)), 64);
+    return piece;
+  }
+};
+
+// ---- PConv ----------------------------------------------------------------------------------------------------------
+
+template <class S>
+struct Image {
+  const S* data;
+  int64_t batch_stride, channel_stride, row_stride, pixel_stride;
+  const S* at(int64_t image, int64_t row, int64_t column) const {
+    return data + image * batch_stride + row * row_stride + column * pixel_stride;
+  }
+};
+template <class S>
+Image<S> image(const void* data, const int64_t (&stride)[4]) {
+  return {static_cast<const S*>(data), stride[0], stride[1], stride[2], stride[3]};
+}
+template <class S>
+Image<S> channels_last(const void* data, int64_t height, int64_t width, int64_t pixel_stride) {
+  return {static_cast<const S*>(data), height * width * pixel_stride, 1, width * pixel_stride, pixel_stride};
+}
+
+// out[(c1 - c0 + 2)][channels]: columns c0 - 1 .. c1 of row `row` (of all images), zero outside the image.
+template <class S, class T>
+void load_padded_row(const Image<S>& x, int64_t height, int64_t width, int64_t row, int64_t c0, int64_t c1, int64_t channels,
+                     T* out) {
+  for (int64_t column = c0 - 1; column <= c1; ++column, out += channels) {
+    if (column < 0 || column >= width) {
+      for (int64_t c = 0; c < channels; ++c) out[c] = 0;
+      continue;
+    }
+    const S* source = x.at(row / height, row % height, column);
+    if (x.channel_stride == 1) {
+      for (int64_t c = 0; c < channels; ++c) out[c] = to_compute(source[c]);
+    } else {
+      for (int64_t c = 0; c < channels; ++c) out[c] = to_compute(source[c * x.channel_stride]);
+    }
+  }
+}
+
+// The PConv of a tile into u[pixels][u_stride]. Buffers: padded[(rows + 3)][(columns + 2) * c_partial], groups for the tile.
+template <class S, class T>
+void pconv_tile(const Image<S>& x, int64_t height, int64_t width, const Tiling::Tile& t, const Packed<T>& w, T* padded,
+                RowGroup<T>* groups, T* u, int64_t u_stride, int64_t total_rows) {
+  const int64_t c_partial = w.n, columns = t.columns();
+  const int64_t padded_row = (columns + 2) * c_partial;
+  T* const zeros = padded + (t.row1 - t.row0 + 2) * padded_row;
+  for (int64_t i = 0; i < padded_row; ++i) zeros[i] = 0;
+  for (int64_t row = t.row0 - 1; row <= t.row1; ++row) {
+    if (row < 0 || row >= total_rows) continue;
+    load_padded_row(x, height, width, row, t.column0, t.column1, c_partial, padded + (row - t.row0 + 1) * padded_row);
+  }
+  const int64_t stride[3] = {c_partial, c_partial, c_partial};
+  int64_t n_groups = 0;
+  for (int64_t row = t.row0; row < t.row1; ++row) {
+    const int64_t y = row % height;
+    const T* middle = padded + (row - t.row0 + 1) * padded_row;
+    const T* const a[3] = {y > 0 ? middle - padded_row : zeros, middle, y + 1 < height ? middle + padded_row : zeros};
+    n_groups += add_groups<T>(groups + n_groups, (row - t.row0) * columns, columns, 3, a, stride);
+  }
+  Gemm<T> g = {};
+  g.groups = groups;
+  g.n_groups = n_groups;
+  g.n_segments = 3;
+  for (int s = 0; s < 3; ++s) {
+    g.segment_k[s] = 3 * c_partial;
+    g.segment_stride[s] = c_partial;
+  }
+  g.b = &w;
+  g.n_end = w.n_padded;
+  g.c = u;
+  g.c_stride = u_stride;
+  gemm(g);
+}
+
+// y[.., :c_partial] of one image row from u.
+template <class S, class T>
+void store_partial(const T* u, int64_t u_stride, int64_t columns, int64_t c_partial, S* y, int64_t channel_stride,
+                   int64_t pixel_stride) {
+  for (int64_t column = 0; column < columns; ++column, u += u_stride, y += pixel_stride) {
+    if (channel_stride == 1) {
+      for (int64_t c = 0; c < c_partial; ++c) to_storage(u[c], y + c);
+    } else {
+      for (int64_t c = 0; c < c_partial; ++c) to_storage(u[c], y + c * channel_stride);
+    }
+  }
+}
+
+template <class S>
+void copy_channels(const S* x, int64_t x_channel, int64_t x_pixel, S* y, int64_t y_channel, int64_t y_pixel, int64_t columns,
+                   int64_t channels) {
+  if (x_channel == 1 && y_channel == 1) {
+    for (int64_t i = 0; i < columns; ++i) {
+      __builtin_memcpy(y + i * y_pixel, x + i * x_pixel, static_cast<size_t>(channels) * sizeof(S));
+    }
+  } else if (x_pixel == 1 && y_pixel == 1) {
+    for (int64_t c = 0; c < channels; ++c) {
+      __builtin_memcpy(y + c * y_channel, x + c * x_channel, static_cast<size_t>(columns) * sizeof(S));
+    }
+  } else {
+    for (int64_t i = 0; i < columns; ++i) {
+      for (int64_t c = 0; c < channels; ++c) y[i * y_pixel + c * y_channel] = x[i * x_pixel + c * x_channel];
+    }
+  }
+}
+
+template <class S, class T>
+void pconv3x3_out_of_place(const PConv3x3& args, const ParallelFor& parallel) {
+  const Image<S> x = image<S>(args.x, args.x_stride), y = image<S>(args.y, args.y_stride);
+  const Packed<T> w(static_cast<const T*>(args.packed), args.c_partial, 9 * args.c_partial);
+  const int64_t total_rows = args.batch * args.height;
+  const Tiling tiling(total_rows, args.width, parallel.num_threads);
+  parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
+    T *padded, *u;
+    RowGroup<T>* groups;
+    Carver carver;
+    for (int round = 0; round < 2; ++round) {
+      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+      padded = carver.take<T>((tiling.max_rows() + 3) * (tiling.max_columns() + 2) * args.c_partial);
+      u = carver.take<T>(tiling.max_pixels() * w.n_padded);
+      groups = carver.take<RowGroup<T>>(tiling.max_groups());
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const Tiling::Tile t = tiling.tile(i);
+      pconv_tile<S, T>(x, args.height, args.width, t, w, padded, groups, u, w.n_padded, total_rows);
+      for (int64_t row = t.row0; row < t.row1; ++row) {
+        const S* from = x.at(row / args.height, row % args.height, t.column0);
+        S* to = const_cast<S*>(y.at(row / args.height, row % args.height, t.column0));
+        store_partial<S, T>(u + (row - t.row0) * t.columns() * w.n_padded, w.n_padded, t.columns(), args.c_partial, to,
+                            y.channel_stride, y.pixel_stride);
+        copy_channels<S>(from + args.c_partial * x.channel_stride, x.channel_stride, x.pixel_stride,
+                         to + args.c_partial * y.channel_stride, y.channel_stride, y.pixel_stride, t.columns(),
+                         args.channels - args.c_partial);
+      }
+    }
+  });
+}
+
+// In place, each thread owns a run of rows and goes down it with a window of three padded copies, so a row is copied before
+// the one above it is overwritten. The rows just outside a run are overwritten by its neighbours at any time; they are copied
+// before any thread starts.
+template <class S, class T>
+void pconv3x3_in_place(const PConv3x3& args, const ParallelFor& parallel) {
+  const Image<S> x = image<S>(args.x, args.x_stride);
+  S* const y = static_cast<S*>(args.y);
+  const Packed<T> w(static_cast<const T*>(args.packed), args.c_partial, 9 * args.c_partial);
+  const int64_t height = args.height, width = args.width, c_partial = args.c_partial;
+  const int64_t total_rows = args.batch * height;
+  const int64_t runs = parallel.num_threads < total_rows ? parallel.num_threads : total_rows;
+  if (runs <= 0) return;
+  const int64_t padded_row = (width + 2) * c_partial;
+  const auto run_begin = [&](int64_t run) { return run * total_rows / runs; };
+  T* const outside = static_cast<T*>(scratch(kSlotShared, 2 * runs * padded_row * static_cast<int64_t>(sizeof(T))));
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t above = run_begin(run) - 1, below = run_begin(run + 1);
+    if (above >= 0) load_padded_row(x, height, width, above, 0, width, c_partial, outside + 2 * run * padded_row);
+    if (below < total_rows) {
+      load_padded_row(x, height, width, below, 0, width, c_partial, outside + (2 * run + 1) * padded_row);
+    }
+  }
+  parallel_for(parallel, runs, [&](int64_t begin, int64_t end) {
+    T *window, *zeros, *u;
+    RowGroup<T>* groups;
+    Carver carver;
+    for (int round = 0; round < 2; ++round) {
+      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+      window = carver.take<T>(3 * padded_row);
+      zeros = carver.take<T>(padded_row);
+      u = carver.take<T>(width * w.n_padded);
+      groups = carver.take<RowGroup<T>>(ceil_div(width, kMaxRows));
+    }
+    for (int64_t i = 0; i < padded_row; ++i) zeros[i] = 0;
+    Gemm<T> g = {};
+    g.groups = groups;
+    g.n_segments = 3;
+    for (int s = 0; s < 3; ++s) {
+      g.segment_k[s] = 3 * c_partial;
+      g.segment_stride[s] = c_partial;
+    }
+    g.b = &w;
+    g.n_end = w.n_padded;
+    g.c = u;
+    g.c_stride = w.n_padded;
+    for (int64_t run = begin; run < end; ++run) {
+      const int64_t row0 = run_begin(run), row1 = run_begin(run + 1);
+      const auto copy_of = [&](int64_t row) { return window + (row - row0) % 3 * padded_row; };
+      load_padded_row(x, height, width, row0, 0, width, c_partial, copy_of(row0));
+      for (int64_t row = row0; row < row1; ++row) {
+        const int64_t h = row % height;
+        if (row + 1 < row1) load_padded_row(x, height, width, row + 1, 0, width, c_partial, copy_of(row + 1));
+        const T* const above = row > row0 ? copy_of(row - 1) : outside + 2 * run * padded_row;
+        const T* const below = row + 1 < row1 ? copy_of(row + 1) : outside + (2 * run + 1) * padded_row;
+        const T* const a[3] = {h > 0 ? above : zeros, copy_of(row), h + 1 < height ? below : zeros};
+        g.n_groups = add_groups<T>(groups, 0, width, 3, a, g.segment_stride);
+        gemm(g);
+        store_partial<S, T>(u, w.n_padded, width, c_partial, y + row / height * x.batch_stride + h * x.row_stride,
+                            x.channel_stride, x.pixel_stride);
+      }
+    }
+  });
+}
+
+template <class S, class T>
+void pconv3x3_as(const PConv3x3& args, const ParallelFor& parallel) {
+  if (args.x == args.y) {
+    pconv3x3_in_place<S, T>(args, parallel);
+  } else {
+    pconv3x3_out_of_place<S, T>(args, parallel);
+  }
+}
+
+// ---- PConv + pointwise, and the block -------------------------------------------------------------------------------
+
+// dst[pixels][channels] = src[pixels][..], converted.
+template <class S, class T>
+void load_rows(const S* source, int64_t source_stride, int64_t rows, int64_t channels, T* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r, source += source_stride, out += out_stride) {
+    for (int64_t c = 0; c < channels; ++c) out[c] = to_compute(source[c]);
+  }
+}
+template <class S, class T>
+void store_rows(const T* values, int64_t stride, int64_t rows, int64_t channels, S* out, int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r, values += stride, out += out_stride) {
+    for (int64_t c = 0; c < channels; ++c) to_storage(values[c], out + c);
+  }
+}
+
+// The A operand [u | x[:, c_partial:]] of a tile as row groups of two segments.
+template <class S, class T>
+struct MixedRows {
+  int64_t c_partial, channels, u_stride;
+  T* rest = nullptr;  // x[:, c_partial:] converted, where storage is not the compute type
+
+  void fill(Gemm<T>* g, RowGroup<T>* groups, const T* u, const S* x, int64_t pixel_stride, int64_t pixels) const {
+    const T* a[2] = {u, nullptr};
+    int64_t stride[2] = {u_stride, pixel_stride};
+    if constexpr (Same<S, T>::value) {
+      a[1] = x + c_partial;
+    } else {
+      load_rows<S, T>(x + c_partial, pixel_stride, pixels, channels - c_partial, rest, channels - c_partial);
+      a[1] = rest;
+      stride[1] = channels - c_partial;
+    }
+    g->n_segments = channels > c_partial ? 2 : 1;
+    g->segment_k[0] = c_partial;
+    g->segment_k[1] = channels - c_partial;
+    g->segment_stride[0] = stride[0];
+    g->segment_stride[1] = stride[1];
+    g->groups = groups;
+    g->n_groups = add_groups<T>(groups, 0, pixels, g->n_segments, a, stride);
+  }
+};
+
+// Columns [n, n + chunk) of an operand with n_padded columns, in nearly equal chunks of whole panels.
+template <class T>
+int64_t chunk_width(int64_t n_padded, int64_t most) {
+  const int64_t chunks = ceil_div(n_padded, most);
+  return round_up(ceil_div(n_padded, chunks), panel_width<T>());
+}
+inline int64_t clip(int64_t a, int64_t limit) { return a < limit ? a : limit; }
+
+template <class S, class T>
+void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
+  const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
+  const Packed<T> w_partial(static_cast<const T*>(args.packed), args.c_partial, 9 * args.c_partial);
+  const Packed<T> w_pw(w_partial.next(), args.c_out, args.channels);
+  const int64_t total_rows = args.batch * args.height;
+  const Tiling tiling(total_rows, args.width, parallel.num_threads);
+  const bool direct = Same<S, T>::value && w_pw.n == w_pw.n_padded;  // the micro-kernel's stores are y itself
+  const int64_t chunk = chunk_width<T>(w_pw.n_padded, kHiddenChunk);
+  parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
+    T *padded, *u, *out;
+    RowGroup<T>*pconv_groups, *groups;
+    MixedRows<S, T> mixed = {args.c_partial, args.channels, w_partial.n_padded};
+    Carver carver;
+    for (int round = 0; round < 2; ++round) {
+      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+      padded = carver.take<T>((tiling.max_rows() + 3) * (tiling.max_columns() + 2) * args.c_partial);
+      u = carver.take<T>(tiling.max_pixels() * w_partial.n_padded);
+      out = carver.take<T>(direct ? 0 : tiling.max_pixels() * chunk);
+      mixed.rest = carver.take<T>(Same<S, T>::value ? 0 : tiling.max_pixels() * (args.channels - args.c_partial));
+      pconv_groups = carver.take<RowGroup<T>>(tiling.max_groups());
+      groups = carver.take<RowGroup<T>>(tiling.max_groups());
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const Tiling::Tile t = tiling.tile(i);
+      const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+      pconv_tile<S, T>(x, args.height, args.width, t, w_partial, padded, pconv_groups, u, w_partial.n_padded, total_rows);
+      Gemm<T> g = {};
+      mixed.fill(&g, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
+      g.b = &w_pw;
+      g.shift = true;
+      g.act = args.act;
+      S* const y = static_cast<S*>(args.y) + pixel * args.y_pixel_stride;
+      for (int64_t n = 0; n < w_pw.n_padded; n += chunk) {
+        g.n_begin = n;
+        g.n_end = clip(n + chunk, w_pw.n_padded);
+        g.c = out;
+        g.c_stride = chunk;
+        if constexpr (Same<S, T>::value) {
+          if (direct) {
+            g.c = y + n;
+            g.c_stride = args.y_pixel_stride;
+          }
+        }
+        gemm(g);
+        if (!direct) {
+          store_rows<S, T>(out, chunk, pixels, clip(n + chunk, w_pw.n) - n, y + n, args.y_pixel_stride);
+        }
+      }
+    }
+  });
+}
+
+// S: storage of x, R: of residual and y, T: compute type.
+template <class S, class R, class T>
+void block_as(const Block& args, const ParallelFor& parallel) {
+  const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
+  const R* const residual = static_cast<const R*>(args.residual);
+  R* const y = static_cast<R*>(args.y);
+  const T* const sample_scale = static_cast<const T*>(args.sample_scale);
+  const Packed<T> w_partial(static_cast<const T*>(args.packed), args.c_partial, 9 * args.c_partial);
+  const Packed<T> w_pw1(w_partial.next(), args.c_hidden, args.channels);
+  const Packed<T> w_pw2(w_pw1.next(), args.channels, args.c_hidden);
+  const int64_t total_rows = args.batch * args.height, area = args.height * args.width;
+  const Tiling tiling(total_rows, args.width, parallel.num_threads);
+  const int64_t chunk = chunk_width<T>(w_pw1.n_padded, kHiddenChunk);
+  const bool direct = Same<R, T>::value && w_pw2.n == w_pw2.n_padded && !sample_scale;
+  const bool needs_sums = !direct || chunk < w_pw1.n_padded;
+  parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
+    T *padded, *u, *hidden, *sums;
+    RowGroup<T>*pconv_groups, *groups, *hidden_groups;
+    MixedRows<S, T> mixed = {args.c_partial, args.channels, w_partial.n_padded};
+    Carver carver;
+    for (int round = 0; round < 2; ++round) {
+      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+      padded = carver.take<T>((tiling.max_rows() + 3) * (tiling.max_columns() + 2) * args.c_partial);
+      u = carver.take<T>(tiling.max_pixels() * w_partial.n_padded);
+      hidden = carver.take<T>(tiling.max_pixels() * chunk);
+      sums = carver.take<T>(needs_sums ? tiling.max_pixels() * w_pw2.n_padded : 0);
+      mixed.rest = carver.take<T>(Same<S, T>::value ? 0 : tiling.max_pixels() * (args.channels - args.c_partial));
+      pconv_groups = carver.take<RowGroup<T>>(tiling.max_groups());
+      groups = carver.take<RowGroup<T>>(tiling.max_groups());
+      hidden_groups = carver.take<RowGroup<T>>(tiling.max_groups());
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const Tiling::Tile t = tiling.tile(i);
+      const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+      pconv_tile<S, T>(x, args.height, args.width, t, w_partial, padded, pconv_groups, u, w_partial.n_padded, total_rows);
+      Gemm<T> expand = {};
+      mixed.fill(&expand, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
+      expand.b = &w_pw1;
+      expand.c = hidden;
+      expand.c_stride = chunk;
+      expand.shift = true;
+      expand.act = args.act;
+      Gemm<T> project = {};
+      const T* const a[1] = {hidden};
+      project.groups = hidden_groups;
+      project.n_groups = add_groups<T>(hidden_groups, 0, pixels, 1, a, &chunk);
+      project.n_segments = 1;
+      project.segment_stride[0] = chunk;
+      project.b = &w_pw2;
+      project.n_end = w_pw2.n_padded;
+      project.c = sums;
+      project.c_stride = w_pw2.n_padded;
+      project.c_in_stride = w_pw2.n_padded;
+      for (int64_t n = 0; n < w_pw1.n_padded; n += chunk) {
+        expand.n_begin = n;
+        expand.n_end = clip(n + chunk, w_pw1.n_padded);
+        gemm(expand);
+        project.k_begin = n;
+        project.segment_k[0] = clip(n + chunk, args.c_hidden) - n;  // not the padding: 0 * inf would be NaN
+        project.c_in = n == 0 ? nullptr : sums;
+        if constexpr (Same<R, T>::value) {
+          if (direct && n + chunk >= w_pw1.n_padded) {
+            project.c = y + pixel * args.y_pixel_stride;
+            project.c_stride = args.y_pixel_stride;
+            project.residual = residual + pixel * args.residual_pixel_stride;
+            project.residual_stride = args.residual_pixel_stride;
+          }
+        }
+        gemm(project);
+      }
+      if (direct) continue;
+      for (int64_t p = 0; p < pixels; ++p) {
+        const T* sum = sums + p * w_pw2.n_padded;
+        const R* from = residual + (pixel + p) * args.residual_pixel_stride;
+        R* to = y + (pixel + p) * args.y_pixel_stride;
+        const T factor = sample_scale ? sample_scale[(pixel + p) / area] : T(1);
+        for (int64_t c = 0; c < args.channels; ++c) to_storage(to_compute(from[c]) + factor * sum[c], to + c);
+      }
+    }
+  });
+}
+
+// ---- Patch convolution ----------------------------------------------------------------------------------------------
+
+template <class S, class T>
+void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
+  const Image<S> x = image<S>(args.x, args.x_stride);
+  const int64_t out_height = args.height / args.kh, out_width = args.width / args.kw;
+  const int64_t run = args.kw * args.channels, depth = args.kh * run;
+  const Packed<T> w(static_cast<const T*>(args.packed), args.c_out, depth);
+  const Tiling tiling(args.batch * out_height, out_width, parallel.num_threads);
+  const bool direct = Same<S, T>::value && w.n == w.n_padded;
+  // In dense channels-last memory a row of a patch is one run of K and neighbouring patches are neighbouring runs.
+  const bool in_runs = Same<S, T>::value && (x.channel_stride == 1 || args.channels == 1) &&
+                       x.pixel_stride == args.channels && args.kh <= kMaxSegments;
+  const int64_t chunk = chunk_width<T>(w.n_padded, kHiddenChunk);
+  parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
+    T *patches, *out;
+    RowGroup<T>* groups;
+    Carver carver;
+    for (int round = 0; round < 2; ++round) {
+      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+      patches = carver.take<T>(in_runs ? 0 : tiling.max_pixels() * depth);
+      out = carver.take<T>(direct ? 0 : tiling.max_pixels() * chunk);
+      groups = carver.take<RowGroup<T>>(tiling.max_groups());
+    }
+    for (int64_t i = begin; i < end; ++i) {
+      const Tiling::Tile t = tiling.tile(i);
+      const int64_t pixels = t.pixels(), columns = t.columns();
+      Gemm<T> g = {};
+      g.groups = groups;
+      if constexpr (Same<S, T>::value) {
+        if (in_runs) {
+          g.n_segments = static_cast<int>(args.kh);
+          for (int s = 0; s < g.n_segments; ++s) g.segment_k[s] = g.segment_stride[s] = run;
+          for (int64_t row = t.row0; row < t.row1; ++row) {
+            const T* a[kMaxSegments] = {};
+            for (int s = 0; s < g.n_segments; ++s) {
+              a[s] = x.at(row / out_height, row % out_height * args.kh + s, t.column0 * args.kw);
+            }
+            g.n_groups += add_groups<T>(groups + g.n_groups, (row - t.row0) * columns, columns, g.n_segments, a,
+                                        g.segment_stride);
+          }
+        }
+      }
+      if (!in_runs) {
+        for (int64_t row = t.row0; row < t.row1; ++row) {
+          T* const first = patches + (row - t.row0) * columns * depth;
+          for (int64_t c = 0; c < args.channels; ++c) {
+            for (int64_t dy = 0; dy < args.kh; ++dy) {
+              const S* source = x.at(row / out_height, row % out_height * args.kh + dy, t.column0 * args.kw) +
+                                c * x.channel_stride;
+              T* patch = first + dy * run + c;
+              for (int64_t column = 0; column < columns; ++column, patch += depth) {
+                for (int64_t dx = 0; dx < args.kw; ++dx, source += x.pixel_stride) {
+                  patch[dx * args.channels] = to_compute(*source);
+                }
+              }
+            }
+          }
+        }
+        g.n_segments = 1;
+        g.segment_k[0] = g.segment_stride[0] = depth;
+        const T* const a[1] = {patches};
+        g.n_groups = add_groups<T>(groups, 0, pixels, 1, a, g.segment_stride);
+      }
+      g.b = &w;
+      g.shift = true;
+      S* const y = static_cast<S*>(args.y) + t.pixel(out_width) * args.y_pixel_stride;
+      for (int64_t n = 0; n < w.n_padded; n += chunk) {
+        g.n_begin = n;
+        g.n_end = clip(n + chunk, w.n_padded);
+        g.c = out;
+        g.c_stride = chunk;
+        if constexpr (Same<S, T>::value) {
+          if (direct) {
+            g.c = y + n;
+            g.c_stride = args.y_pixel_stride;
+          }
+        }
+        gemm(g);
+        if (!direct) store_rows<S, T>(out, chunk, pixels, clip(n + chunk, w.n) - n, y + n, args.y_pixel_stride);
+      }
+    }
+  });
+}
+
+// ---- Head -----------------------------------------------------------------------------------------------------------
+
+// out[rows][out_stride] = act(a[rows][w.k] * w + shift), threads share the columns.
+template <class T>
+void dense(const T* a, int64_t rows, const Packed<T>& w, Act act, T* out, const ParallelFor& parallel) {
+  constexpr int64_t kTileColumns = panel_width<T>() * FASTERNET_PANELS;
+  parallel_for(parallel, ceil_div(w.n_padded, kTileColumns), [&](int64_t begin, int64_t end) {
+    RowGroup<T>* const groups = static_cast<RowGroup<T>*>(
+        scratch(kSlotTile, ceil_div(rows, kMaxRows) * static_cast<int64_t>(sizeof(RowGroup<T>))));
+    Gemm<T> g = {};
+    const T* const rows_of_a[1] = {a};
+    g.n_segments = 1;
+    g.segment_k[0] = g.segment_stride[0] = w.k;
+    g.groups = groups;
+    g.n_groups = add_groups<T>(groups, 0, rows, 1, rows_of_a, g.segment_stride);
+    g.b = &w;
+    g.n_begin = begin * kTileColumns;
+    g.n_end = clip(end * kTileColumns, w.n_padded);
+    g.c = out + g.n_begin;
+    g.c_stride = w.n_padded;
+    g.shift = true;
+    g.act = act;
+    gemm(g);
+  });
+}
+
+template <class S, class T>
+void head_as(const Head& args, const ParallelFor& parallel) {
+  if (args.batch <= 0) return;
+  const Packed<T> w_mid(static_cast<const T*>(args.packed), args.c_mid, args.channels);
+  const Packed<T> w_out(w_mid.next(), args.c_out, args.c_mid);
+  const int64_t area = args.height * args.width;
+  Carver carver;
+  T *pooled, *mid, *out;
+  for (int round = 0; round < 2; ++round) {
+    if (round) carver = {static_cast<char*>(scratch(kSlotShared, carver.used)), 0};
+    pooled = carver.take<T>(args.batch * args.channels);
+    mid = carver.take<T>(args.batch * w_mid.n_padded);
+    out = carver.take<T>(args.batch * w_out.n_padded);
+  }
+  const S* const x = static_cast<const S*>(args.x);
+  const auto pool = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      T* const mean = pooled + b * args.channels;
+      for (int64_t c = 0; c < args.channels; ++c) mean[c] = 0;
+      for (int64_t p = 0; p < area; ++p) {
+        const S* source = x + (b * area + p) * args.x_pixel_stride;
+        for (int64_t c = 0; c < args.channels; ++c) mean[c] += to_compute(source[c]);
+      }
+      for (int64_t c = 0; c < args.channels; ++c) mean[c] /= static_cast<T>(area);
+    }
+  };
+  if (args.batch == 1) {
+    pool(0, 1);  // a few microseconds: not worth waking a thread
+  } else {
+    parallel_for(parallel, args.batch, pool);
+  }
+  dense<T>(pooled, args.batch, w_mid, args.act, mid, parallel);
+  // w_out's rows are c_mid long; mid's may be padded.
+  if (w_mid.n_padded != w_mid.n) {
+    for (int64_t b = 0; b < args.batch; ++b) {
+      for (int64_t c = 0; c < w_mid.n; ++c) mid[b * w_mid.n + c] = mid[b * w_mid.n_padded + c];
+    }
+  }
+  dense<T>(mid, args.batch, w_out, Act::kIdentity, out, parallel);
+  store_rows<S, T>(out, w_out.n_padded, args.batch, args.c_out, static_cast<S*>(args.y), args.c_out);
+}
+
+// ---- The table ------------------------------------------------------------------------------------------------------
+
+template <class Args>
+using Operator = void (*)(const Args&, const ParallelFor&);
+
+template <class Args>
+void by_dtype(DType dtype, const Args& args, const ParallelFor& parallel, Operator<Args> f32, Operator<Args> f64,
+              Operator<Args> bfloat16) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return f32(args, parallel);
+    case DType::kFloat64:
+      return f64(args, parallel);
+    case DType::kBFloat16:
+      return bfloat16(args, parallel);
+  }
+}
+void pconv3x3(const PConv3x3& args, const ParallelFor& parallel) {
+  by_dtype<PConv3x3>(args.dtype, args, parallel, pconv3x3_as<float, float>, pconv3x3_as<double, double>,
+                     pconv3x3_as<bf16, float>);
+}
+void pconv_pw(const PConvPw& args, const ParallelFor& parallel) {
+  by_dtype<PConvPw>(args.dtype, args, parallel, pconv_pw_as<float, float>, pconv_pw_as<double, double>,
+                    pconv_pw_as<bf16, float>);
+}
+void block(const Block& args, const ParallelFor& parallel) {
+  const bool wide = args.residual_dtype == DType::kFloat32;
+  by_dtype<Block>(args.dtype, args, parallel, block_as<float, float, float>, block_as<double, double, double>,
+                  wide ? block_as<bf16, float, float> : block_as<bf16, bf16, float>);
+}
+void patch_conv(const PatchConv& args, const ParallelFor& parallel) {
+  by_dtype<PatchConv>(args.dtype, args, parallel, patch_conv_as<float, float>, patch_conv_as<double, double>,
+                      patch_conv_as<bf16, float>);
+}
+void head(const Head& args, const ParallelFor& parallel) {
+  by_dtype<Head>(args.dtype, args, parallel, head_as<float, float>, head_as<double, double>, head_as<bf16, float>);
+}
+
+}  // namespace FASTERNET_ISA_NAMESPACE
+
+extern const Kernels FASTERNET_KERNELS;
+const Kernels FASTERNET_KERNELS = {FASTERNET_ISA,
+                                   FASTERNET_ISA_NAMESPACE::pconv3x3,
+                                   FASTERNET_ISA_NAMESPACE::pconv_pw,
+                                   FASTERNET_ISA_NAMESPACE::block,
+                                   FASTERNET_ISA_NAMESPACE::patch_conv,
+                                   FASTERNET_ISA_NAMESPACE::head};
+
+}  // namespace fasternet

@@ -1,0 +1,73 @@
+// Packs weights into the panels that the micro-kernels stream (fasternet_cpu.h, "Packed weights").
+#include <cstring>
+
+#include "kernels.h"
+
+namespace fasternet {
+namespace {
+
+float widen(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  std::memcpy(&value, &wide, sizeof(value));
+  return value;
+}
+
+// S: how the weights are stored, T: how they are packed.
+template <class S, class T>
+void pack_as(const Weight& weight, T* packed) {
+  const int64_t k = weight.c * weight.kh * weight.kw;
+  const int64_t taps = weight.kh * weight.kw;
+  const int64_t width = kPanelBytes / static_cast<int64_t>(sizeof(T));
+  const int64_t n_padded = padded_n(weight.n, sizeof(T));
+  const S* source = static_cast<const S*>(weight.data);
+  const T* scale = static_cast<const T*>(weight.scale);
+  const T* shift = static_cast<const T*>(weight.shift);
+  T* panel = packed;
+  for (int64_t n0 = 0; n0 < n_padded; n0 += width) {
+    const int64_t lanes = n_padded - n0 < width ? n_padded - n0 : width;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t n = n0 + lane;
+      if (n >= weight.n) {
+        for (int64_t i = 0; i < k; ++i) panel[i * lanes + lane] = 0;
+        continue;
+      }
+      const double factor = scale ? static_cast<double>(scale[n]) : 1.0;
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t c = 0; c < weight.c; ++c) {
+          const S stored = source[(n * weight.c + c) * taps + tap];
+          T value;
+          if constexpr (sizeof(S) == 2) {
+            value = static_cast<T>(widen(stored));
+          } else {
+            value = stored;
+          }
+          panel[(tap * weight.c + c) * lanes + lane] = static_cast<T>(static_cast<double>(value) * factor);
+        }
+      }
+    }
+    panel += lanes * k;
+  }
+  for (int64_t n = 0; n < n_padded; ++n) *panel++ = (shift && n < weight.n) ? shift[n] : 0;
+  T* const end = packed + packed_elements(weight.n, k, sizeof(T));
+  while (panel < end) *panel++ = 0;
+}
+
+}  // namespace
+
+int64_t packed_size(DType dtype, int64_t n, int64_t k) {
+  return packed_elements(n, k, dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+}
+
+void pack(const Weight& weight, void* packed) {
+  switch (weight.dtype) {
+    case DType::kFloat32:
+      return pack_as<float, float>(weight, static_cast<float*>(packed));
+    case DType::kFloat64:
+      return pack_as<double, double>(weight, static_cast<double*>(packed));
+    case DType::kBFloat16:
+      return pack_as<uint16_t, float>(weight, static_cast<float*>(packed));
+  }
+}
+
+}  // namespace fasternet

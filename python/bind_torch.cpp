@@ -1,0 +1,495 @@
+// The CPU implementations of the fasternet_kernels ops: check, fill the struct of csrc, call. Schemas, fakes, autograd and the
+// reference live in fasternet_kernels/ops.py. LibTorch stable ABI (target 2.10): one binary serves every later torch.
+//
+// An output follows the memory format that the input suggests. The kernels work on channels-last memory: another input is
+// copied to it, and the output back. float16 is computed in float32.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/MemoryFormat.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "fasternet_cpu.h"
+
+namespace {
+
+using fasternet::DType;
+using torch::headeronly::MemoryFormat;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// ---- Threads --------------------------------------------------------------------------------------------------------
+
+fasternet::ParallelFor torch_threads() {
+  const auto run = [](void*, int64_t n, fasternet::ParallelFor::Body body, void* context) {
+    if (n == 1) return body(context, 0, 1);
+    torch::stable::parallel_for(0, n, 1, [=](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  return {run, nullptr, static_cast<int>(torch::stable::get_num_threads())};
+}
+
+// ---- Types and layouts ----------------------------------------------------------------------------------------------
+
+DType dtype_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, "fasternet_kernels: unsupported dtype, expected float32, float64, bfloat16 or float16");
+  }
+}
+ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+Tensor cast(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
+Tensor dense(const Tensor& t, ScalarType type) { return torch::stable::contiguous(cast(t, type)); }
+OptionalTensor dense(const OptionalTensor& t, ScalarType type) {
+  return t ? OptionalTensor(dense(*t, type)) : std::nullopt;
+}
+
+// What a kernel stores: float16 is widened, the other types are stored as they are.
+ScalarType stored_type(ScalarType type) { return type == ScalarType::Half ? ScalarType::Float : type; }
+
+// x rounded to the weights' type (autocast), in a type the kernels store.
+Tensor operand(const Tensor& x, ScalarType weight_type) { return cast(cast(x, weight_type), stored_type(weight_type)); }
+
+// Tensor.suggest_memory_format(): strides ordered batch >= height >= width >= channels.
+MemoryFormat format_of(const Tensor& x) {
+  const auto size = x.sizes(), stride = x.strides();
+  if (stride[1] == 0) return MemoryFormat::Contiguous;
+  int64_t least = 0;
+  for (int d : {1, 3, 2, 0}) {
+    if (size[d] == 0 || stride[d] < least || (d == 0 && least == stride[1])) return MemoryFormat::Contiguous;
+    least = stride[d] * size[d];
+  }
+  return MemoryFormat::ChannelsLast;
+}
+
+Tensor empty_image(const Tensor& like, int64_t channels, int64_t height, int64_t width, ScalarType type,
+                   MemoryFormat format) {
+  const int64_t size[4] = {like.size(0), channels, height, width};
+  return torch::stable::empty({size, 4}, type, std::nullopt, like.device(), std::nullopt, format);
+}
+
+// A tensor whose element (b, c, h, w) lies at ((b * H + h) * W + w) * stride + c: x itself, or a copy.
+struct Pixels {
+  Tensor tensor;
+  int64_t stride;
+  explicit Pixels(const Tensor& x) : tensor(x), stride(x.size(1)) {
+    const auto size = x.sizes(), s = x.strides();
+    const int64_t pixel = size[3] > 1 ? s[3] : size[2] > 1 ? s[2] : size[0] > 1 ? s[0] : size[1];
+    const bool uniform = (size[1] <= 1 || s[1] == 1) && pixel >= size[1] && (size[2] <= 1 || s[2] == size[3] * pixel) &&
+                         (size[0] <= 1 || s[0] == size[2] * size[3] * pixel);
+    if (uniform) {
+      stride = pixel;
+    } else {
+      tensor = torch::stable::contiguous(x, MemoryFormat::ChannelsLast);
+    }
+  }
+  const void* data() const { return tensor.const_data_ptr(); }
+};
+
+// Where a kernel writes (dense channels-last), and what the caller gets: that in the asked type and format.
+Tensor finish(const Tensor& y, ScalarType type, MemoryFormat format) {
+  return torch::stable::contiguous(cast(y, type), format);
+}
+
+void check_image(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4, "fasternet_kernels: x has ", x.dim(), " dimensions, expected 4 (B, C, H, W)");
+}
+void check_size(const Tensor& t, const char* name, std::initializer_list<int64_t> size) {
+  bool same = t.dim() == static_cast<int64_t>(size.size());
+  int d = 0;
+  for (int64_t expected : size) same = same && t.size(d++) == expected;
+  if (same) return;
+  std::string message = std::string("fasternet_kernels: ") + name + " has the wrong shape, expected (";
+  for (int64_t expected : size) message += std::to_string(expected) + ", ";
+  STD_TORCH_CHECK(false, message, ")");
+}
+void check_size(const OptionalTensor& t, const char* name, std::initializer_list<int64_t> size) {
+  if (t) check_size(*t, name, size);
+}
+void check_c_partial(int64_t c_partial, const Tensor& x) {
+  STD_TORCH_CHECK(c_partial >= 1 && c_partial <= x.size(1), "fasternet_kernels: c_partial is ", c_partial,
+                  ", expected 1 to x's ", x.size(1), " channels");
+}
+// A pack of the GEMMs (n, k), in x's compute type.
+void check_pack(const Tensor& pack, const Tensor& x, std::initializer_list<std::pair<int64_t, int64_t>> gemms) {
+  const ScalarType type = compute_type(x.scalar_type());
+  int64_t elements = 0;
+  for (const auto& [n, k] : gemms) {
+    STD_TORCH_CHECK(n >= 1 && k >= 1, "fasternet_kernels: a channel count is below 1");
+    elements += fasternet::packed_size(dtype_of(type), n, k);
+  }
+  STD_TORCH_CHECK(pack.dim() == 1 && pack.scalar_type() == type && pack.numel() == elements && pack.is_contiguous(),
+                  "fasternet_kernels: pack does not fit: it has ", pack.numel(), " elements, expected ", elements,
+                  " in x's compute type");
+}
+
+// ---- Packing --------------------------------------------------------------------------------------------------------
+
+// Weights (N, C, kh, kw) or (N, C), with a scale and a shift each or none, one after the other.
+Tensor pack(std::vector<Tensor> weights, std::vector<OptionalTensor> scales, std::vector<OptionalTensor> shifts) {
+  STD_TORCH_CHECK(!weights.empty() && scales.size() == weights.size() && shifts.size() == weights.size(),
+                  "fasternet_kernels: pack takes as many scales and shifts as weights, at least one");
+  const ScalarType type = weights[0].scalar_type(), compute = compute_type(type);
+  std::vector<fasternet::Weight> items;
+  std::vector<Tensor> keep;  // what the items point to
+  int64_t elements = 0;
+  for (size_t i = 0; i < weights.size(); ++i) {
+    STD_TORCH_CHECK(weights[i].scalar_type() == type, "fasternet_kernels: pack takes weights of one dtype");
+    const int64_t dims = weights[i].dim();
+    STD_TORCH_CHECK(dims == 2 || dims == 4, "fasternet_kernels: pack takes weights of 2 or 4 dimensions");
+    keep.push_back(dense(weights[i], stored_type(type)));
+    fasternet::Weight item;
+    item.data = keep.back().const_data_ptr();
+    item.dtype = dtype_of(stored_type(type));
+    item.n = weights[i].size(0);
+    item.c = weights[i].size(1);
+    if (dims == 4) {
+      item.kh = weights[i].size(2);
+      item.kw = weights[i].size(3);
+    }
+    check_size(scales[i], "scale", {item.n});
+    check_size(shifts[i], "shift", {item.n});
+    if (scales[i]) {
+      keep.push_back(dense(*scales[i], compute));
+      item.scale = keep.back().const_data_ptr();
+    }
+    if (shifts[i]) {
+      keep.push_back(dense(*shifts[i], compute));
+      item.shift = keep.back().const_data_ptr();
+    }
+    items.push_back(item);
+    elements += fasternet::packed_size(item.dtype, item.n, item.c * item.kh * item.kw);
+  }
+  Tensor packed = torch::stable::empty({&elements, 1}, compute, std::nullopt, weights[0].device());
+  char* to = static_cast<char*>(packed.mutable_data_ptr());
+  for (const fasternet::Weight& item : items) {
+    fasternet::pack(item, to);
+    to += fasternet::packed_size(item.dtype, item.n, item.c * item.kh * item.kw) *
+          static_cast<int64_t>(packed.element_size());
+  }
+  return packed;
+}
+
+// ---- PConv ----------------------------------------------------------------------------------------------------------
+
+fasternet::PConv3x3 pconv_args(const Tensor& x, const Tensor& y, int64_t c_partial, const Tensor& packed) {
+  fasternet::PConv3x3 args = {};
+  args.dtype = dtype_of(x.scalar_type());
+  args.batch = x.size(0);
+  args.channels = x.size(1);
+  args.height = x.size(2);
+  args.width = x.size(3);
+  args.c_partial = c_partial;
+  args.x = x.const_data_ptr();
+  args.y = y.mutable_data_ptr();
+  for (int d = 0; d < 4; ++d) {
+    args.x_stride[d] = x.stride(d);
+    args.y_stride[d] = y.stride(d);
+  }
+  args.packed = packed.const_data_ptr();
+  return args;
+}
+
+void check_pconv(const Tensor& x, const Tensor& weight) {
+  check_image(x);
+  STD_TORCH_CHECK(weight.dim() == 4, "fasternet_kernels: weight has ", weight.dim(), " dimensions, expected 4");
+  const int64_t c_partial = weight.size(0);
+  check_size(weight, "weight", {c_partial, c_partial, 3, 3});
+  check_c_partial(c_partial, x);
+}
+
+// The first c_partial channels of y from x, in a type that the kernels store.
+void pconv_into(const Tensor& x, const Tensor& weight, const Tensor& y) {
+  const Tensor packed = pack({weight}, {std::nullopt}, {std::nullopt});
+  fasternet::pconv3x3(pconv_args(x, y, weight.size(0), packed), torch_threads());
+}
+
+Tensor pconv3x3(Tensor x, Tensor weight, bool /*fast*/) {
+  check_pconv(x, weight);
+  const MemoryFormat format = format_of(x);
+  const ScalarType type = weight.scalar_type();
+  if (x.scalar_type() == type && type != ScalarType::Half) {
+    Tensor y = empty_image(x, x.size(1), x.size(2), x.size(3), type, format);
+    pconv_into(x, weight, y);
+    return y;
+  }
+  // Autocast or float16: the convolved channels go through the kernel's type, the others are copied as they are.
+  Tensor y = empty_image(x, x.size(1), x.size(2), x.size(3), x.scalar_type(), format);
+  torch::stable::copy_(y, x);
+  Tensor partial = operand(torch::stable::narrow(x, 1, 0, weight.size(0)), type);
+  Tensor convolved = empty_image(x, weight.size(0), x.size(2), x.size(3), stored_type(type), MemoryFormat::ChannelsLast);
+  pconv_into(partial, weight, convolved);
+  Tensor target = torch::stable::narrow(y, 1, 0, weight.size(0));
+  torch::stable::copy_(target, cast(convolved, type));
+  return y;
+}
+
+void pconv3x3_(Tensor x, Tensor weight) {
+  check_pconv(x, weight);
+  for (int d = 0; d < 4; ++d) {
+    STD_TORCH_CHECK(x.size(d) <= 1 || x.stride(d) > 0, "fasternet_kernels: x overlaps itself, it cannot be written in place");
+  }
+  if (x.numel() == 0) return;
+  if (x.scalar_type() == weight.scalar_type() && x.scalar_type() != ScalarType::Half) {
+    pconv_into(x, weight, x);
+    return;
+  }
+  Tensor target = torch::stable::narrow(x, 1, 0, weight.size(0));
+  torch::stable::copy_(target, pconv3x3(target, weight, false));
+}
+
+// ---- PConv + pointwise ----------------------------------------------------------------------------------------------
+
+Tensor run_pconv_pw(const Tensor& x, const Tensor& packed, int64_t c_partial, int64_t c_out, ScalarType out_type,
+                    const std::string& act) {
+  const MemoryFormat format = format_of(x);
+  const Pixels in(x);
+  Tensor y = empty_image(x, c_out, x.size(2), x.size(3), x.scalar_type(), MemoryFormat::ChannelsLast);
+  fasternet::pconv_pw({dtype_of(x.scalar_type()), x.size(0), x.size(1), x.size(2), x.size(3), c_partial, c_out, in.data(),
+                       in.stride, y.mutable_data_ptr(), c_out, packed.const_data_ptr(), fasternet::parse_act(act)},
+                      torch_threads());
+  return finish(y, out_type, format);
+}
+
+Tensor pconv_pw(Tensor x, Tensor w_partial, Tensor w_pw, OptionalTensor scale, OptionalTensor shift, std::string act,
+                bool /*fast*/) {
+  check_pconv(x, w_partial);
+  check_size(w_pw, "w_pw", {w_pw.size(0), x.size(1), 1, 1});
+  const ScalarType type = w_pw.scalar_type();
+  const Tensor packed = pack({w_partial, w_pw}, {std::nullopt, scale}, {std::nullopt, shift});
+  return run_pconv_pw(operand(x, type), packed, w_partial.size(0), w_pw.size(0), type, act);
+}
+
+Tensor pconv_pw_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_out, std::string act, bool /*fast*/) {
+  check_image(x);
+  check_c_partial(c_partial, x);
+  check_pack(packed, x, {{c_partial, 9 * c_partial}, {c_out, x.size(1)}});
+  const ScalarType type = x.scalar_type();
+  return run_pconv_pw(cast(x, stored_type(type)), packed, c_partial, c_out, type, act);
+}
+
+// ---- Block ----------------------------------------------------------------------------------------------------------
+
+// x: the operand of the convolutions. residual: what their result is added to, of the output's type.
+Tensor run_block(const Tensor& x, const Tensor& residual, const Tensor& packed, int64_t c_partial, int64_t c_hidden,
+                 const OptionalTensor& sample_scale, const std::string& act) {
+  const ScalarType type = residual.scalar_type();
+  const MemoryFormat format = format_of(residual);
+  check_size(sample_scale, "sample_scale", {x.size(0)});
+  const OptionalTensor factors = dense(sample_scale, compute_type(x.scalar_type()));
+  // bfloat16 operands take a bfloat16 or float32 residual; any other pair is brought to the operand's type.
+  const bool wide = x.scalar_type() == ScalarType::BFloat16 && type == ScalarType::Float;
+  const ScalarType residual_type = wide ? type : x.scalar_type();
+  const Pixels in(x), added(cast(residual, residual_type));
+  Tensor y = empty_image(x, x.size(1), x.size(2), x.size(3), residual_type, MemoryFormat::ChannelsLast);
+  fasternet::block({dtype_of(x.scalar_type()), dtype_of(residual_type), x.size(0), x.size(1), x.size(2), x.size(3),
+                    c_partial, c_hidden, in.data(), in.stride, added.data(), added.stride, y.mutable_data_ptr(), x.size(1),
+                    packed.const_data_ptr(), factors ? factors->const_data_ptr() : nullptr, fasternet::parse_act(act)},
+                   torch_threads());
+  return finish(y, type, format);
+}
+
+Tensor block(Tensor x, Tensor w_partial, Tensor w_pw1, Tensor w_pw2, OptionalTensor scale, OptionalTensor shift,
+             OptionalTensor layer_scale, OptionalTensor sample_scale, std::string act, bool /*fast*/) {
+  check_pconv(x, w_partial);
+  const int64_t channels = x.size(1), c_hidden = w_pw1.size(0);
+  check_size(w_pw1, "w_pw1", {c_hidden, channels, 1, 1});
+  check_size(w_pw2, "w_pw2", {channels, c_hidden, 1, 1});
+  const Tensor packed =
+      pack({w_partial, w_pw1, w_pw2}, {std::nullopt, scale, layer_scale}, {std::nullopt, shift, std::nullopt});
+  return run_block(operand(x, w_pw1.scalar_type()), x, packed, w_partial.size(0), c_hidden, sample_scale, act);
+}
+
+Tensor block_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_hidden, OptionalTensor sample_scale,
+                    std::string act, bool /*fast*/) {
+  check_image(x);
+  check_c_partial(c_partial, x);
+  const int64_t channels = x.size(1);
+  check_pack(packed, x, {{c_partial, 9 * c_partial}, {c_hidden, channels}, {channels, c_hidden}});
+  return run_block(cast(x, stored_type(x.scalar_type())), x, packed, c_partial, c_hidden, sample_scale, act);
+}
+
+// ---- Patch convolution ----------------------------------------------------------------------------------------------
+
+Tensor run_patch_conv(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t kh, int64_t kw, ScalarType out_type,
+                      bool channels_last) {
+  const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : format_of(x);
+  Tensor y = empty_image(x, c_out, x.size(2) / kh, x.size(3) / kw, x.scalar_type(), MemoryFormat::ChannelsLast);
+  fasternet::PatchConv args = {};
+  args.dtype = dtype_of(x.scalar_type());
+  args.batch = x.size(0);
+  args.channels = x.size(1);
+  args.height = x.size(2);
+  args.width = x.size(3);
+  args.c_out = c_out;
+  args.kh = kh;
+  args.kw = kw;
+  args.x = x.const_data_ptr();
+  for (int d = 0; d < 4; ++d) args.x_stride[d] = x.stride(d);
+  args.y = y.mutable_data_ptr();
+  args.y_pixel_stride = c_out;
+  args.packed = packed.const_data_ptr();
+  fasternet::patch_conv(args, torch_threads());
+  return finish(y, out_type, format);
+}
+
+Tensor patch_conv(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shift, bool channels_last) {
+  check_image(x);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0 && weight.size(1) == x.size(1),
+                  "fasternet_kernels: weight does not fit x, expected (C_out, ", x.size(1), ", kh, kw)");
+  const Tensor packed = pack({weight}, {scale}, {shift});
+  return run_patch_conv(operand(x, weight.scalar_type()), packed, weight.size(0), weight.size(2), weight.size(3),
+                        weight.scalar_type(), channels_last);
+}
+
+Tensor patch_conv_packed(Tensor x, Tensor packed, int64_t c_out, int64_t kh, int64_t kw, bool channels_last) {
+  check_image(x);
+  STD_TORCH_CHECK(kh >= 1 && kw >= 1, "fasternet_kernels: kh and kw must be at least 1");
+  check_pack(packed, x, {{c_out, x.size(1) * kh * kw}});
+  const ScalarType type = x.scalar_type();
+  return run_patch_conv(cast(x, stored_type(type)), packed, c_out, kh, kw, type, channels_last);
+}
+
+// ---- Head -----------------------------------------------------------------------------------------------------------
+
+Tensor run_head(const Tensor& x, const Tensor& packed, int64_t c_mid, int64_t c_out, ScalarType out_type,
+                const std::string& act) {
+  STD_TORCH_CHECK(x.size(2) > 0 && x.size(3) > 0, "fasternet_kernels: x has no pixels to pool");
+  const Pixels in(x);
+  const int64_t size[2] = {x.size(0), c_out};
+  Tensor y = torch::stable::empty({size, 2}, x.scalar_type(), std::nullopt, x.device());
+  fasternet::head({dtype_of(x.scalar_type()), x.size(0), x.size(1), x.size(2), x.size(3), c_mid, c_out, in.data(), in.stride,
+                   y.mutable_data_ptr(), packed.const_data_ptr(), fasternet::parse_act(act)},
+                  torch_threads());
+  return cast(y, out_type);
+}
+
+Tensor head(Tensor x, Tensor w_conv, OptionalTensor b_conv, Tensor w_fc, OptionalTensor b_fc, std::string act) {
+  check_image(x);
+  STD_TORCH_CHECK(w_conv.dim() == 4 && w_fc.dim() == 2, "fasternet_kernels: w_conv or w_fc has the wrong rank");
+  check_size(w_conv, "w_conv", {w_conv.size(0), x.size(1), 1, 1});
+  check_size(w_fc, "w_fc", {w_fc.size(0), w_conv.size(0)});
+  const Tensor packed = pack({w_conv, w_fc}, {std::nullopt, std::nullopt}, {b_conv, b_fc});
+  return run_head(operand(x, w_conv.scalar_type()), packed, w_conv.size(0), w_fc.size(0), w_conv.scalar_type(), act);
+}
+
+Tensor head_packed(Tensor x, Tensor packed, int64_t c_mid, int64_t c_out, std::string act) {
+  check_image(x);
+  check_pack(packed, x, {{c_mid, x.size(1)}, {c_out, c_mid}});
+  const ScalarType type = x.scalar_type();
+  return run_head(cast(x, stored_type(type)), packed, c_mid, c_out, type, act);
+}
+
+// ---- Network --------------------------------------------------------------------------------------------------------
+
+// plan: five integers a step, (kind, a, b, c, act) of fasternet::NetworkStep; packs: one a step that has weights.
+std::vector<Tensor> network(Tensor x, std::vector<Tensor> packs, std::vector<int64_t> plan, bool /*fast*/) {
+  using Kind = fasternet::NetworkStep::Kind;
+  check_image(x);
+  STD_TORCH_CHECK(plan.size() % 5 == 0, "fasternet_kernels: plan has ", plan.size(), " integers, expected 5 a step");
+  const Tensor in = cast(x, stored_type(x.scalar_type()));
+  fasternet::Network args = {};
+  args.dtype = dtype_of(in.scalar_type());
+  args.batch = in.size(0);
+  args.channels = in.size(1);
+  args.height = in.size(2);
+  args.width = in.size(3);
+  args.x = in.const_data_ptr();
+  for (int d = 0; d < 4; ++d) args.x_stride[d] = in.stride(d);
+  std::vector<fasternet::NetworkStep> steps;
+  size_t next_pack = 0;
+  int64_t channels = args.channels;
+  for (size_t i = 0; i < plan.size(); i += 5) {
+    fasternet::NetworkStep step = {static_cast<Kind>(plan[i]), plan[i + 1], plan[i + 2], plan[i + 3],
+                                   static_cast<fasternet::Act>(plan[i + 4]), nullptr};
+    STD_TORCH_CHECK(plan[i + 4] >= 0 && plan[i + 4] <= 5, "fasternet_kernels: plan has an unknown activation");
+    if (step.kind != Kind::kEmit) {
+      STD_TORCH_CHECK(next_pack < packs.size(), "fasternet_kernels: plan needs more packs than the ", packs.size(), " given");
+      const Tensor& packed = packs[next_pack++];
+      if (step.kind == Kind::kPatchConv) {
+        check_pack(packed, in, {{step.a, channels * step.b * step.c}});
+        channels = step.a;
+      } else if (step.kind == Kind::kBlock) {
+        check_pack(packed, in, {{step.a, 9 * step.a}, {step.b, channels}, {channels, step.b}});
+      } else {
+        check_pack(packed, in, {{step.a, channels}, {step.b, step.a}});
+        channels = step.b;
+      }
+      step.packed = packed.const_data_ptr();
+    }
+    steps.push_back(step);
+  }
+  STD_TORCH_CHECK(next_pack == packs.size(), "fasternet_kernels: plan uses ", next_pack, " packs, ", packs.size(), " given");
+  args.steps = steps.data();
+  args.n_steps = static_cast<int64_t>(steps.size());
+  std::vector<Tensor> outputs;
+  std::vector<void*> data;
+  for (const fasternet::FeatureShape& shape : fasternet::network_outputs(args)) {
+    if (shape.height < 0) {
+      const int64_t size[2] = {in.size(0), shape.channels};
+      outputs.push_back(torch::stable::empty({size, 2}, in.scalar_type(), std::nullopt, in.device()));
+    } else {
+      outputs.push_back(
+          empty_image(in, shape.channels, shape.height, shape.width, in.scalar_type(), MemoryFormat::ChannelsLast));
+    }
+    data.push_back(outputs.back().mutable_data_ptr());
+  }
+  fasternet::network(args, data.data(), torch_threads());
+  for (Tensor& output : outputs) output = cast(output, x.scalar_type());
+  return outputs;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fasternet_kernels, CPU, m) {
+  m.impl("pconv3x3", TORCH_BOX(&pconv3x3));
+  m.impl("pconv3x3_", TORCH_BOX(&pconv3x3_));
+  m.impl("pack", TORCH_BOX(&pack));
+  m.impl("pconv_pw", TORCH_BOX(&pconv_pw));
+  m.impl("pconv_pw_packed", TORCH_BOX(&pconv_pw_packed));
+  m.impl("block", TORCH_BOX(&block));
+  m.impl("block_packed", TORCH_BOX(&block_packed));
+  m.impl("patch_conv", TORCH_BOX(&patch_conv));
+  m.impl("patch_conv_packed", TORCH_BOX(&patch_conv_packed));
+  m.impl("head", TORCH_BOX(&head));
+  m.impl("head_packed", TORCH_BOX(&head_packed));
+  m.impl("network", TORCH_BOX(&network));
+}
+
+// What library.py asks before it registers anything; plain C, so that a failure is a message and not an exception.
+#if defined(_WIN32)
+#define FASTERNET_EXPORT extern "C" __declspec(dllexport)
+#else
+#define FASTERNET_EXPORT extern "C" __attribute__((visibility("default")))
+#endif
+
+// "isa;available,...;compiler", or "!reason" where no instruction set can be selected.
+FASTERNET_EXPORT const char* fasternet_kernels_build() {
+  static const std::string text = [] {
+    try {
+      std::string line = fasternet::isa_name(fasternet::selected_isa());
+      line += ';';
+      for (fasternet::Isa isa : fasternet::available_isas()) {
+        if (line.back() != ';') line += ',';
+        line += fasternet::isa_name(isa);
+      }
+      return line + ';' + fasternet::compiler();
+    } catch (const std::exception& error) {
+      return std::string("!") + error.what();
+    }
+  }();
+  return text.c_str();
+}
