@@ -550,7 +550,7 @@ def _check_weight(name: str, weight, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected {shape}")
     if weight.device != x.device:
         raise ValueError(f"{name} is on {weight.device}, expected x's device {x.device}")
-    if weight.dtype != x.dtype:
+    if weight.dtype != x.dtype and not (x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)):
         raise TypeError(f"{name} has dtype {weight.dtype}, expected x's dtype {x.dtype}")
 
 
@@ -588,7 +588,7 @@ def _overlaps_itself(x: Tensor) -> bool:
     return False
 
 
-def _autocast(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def autocast_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The weights in autocast's dtype, if autocast is on for x's device and x's dtype takes part in it.
 
     ``x`` itself stays: the ops round it to the weights' dtype for the convolutions and add the residual uncast, as eager does.
@@ -620,7 +620,7 @@ def pconv3x3(x: Tensor, weight: Tensor, *, fast: bool = False) -> Tensor:
     """
     _check_image(x)
     _check_partial("weight", weight, x)
-    (weight,) = _autocast(x, weight)
+    (weight,) = autocast_weights(x, weight)
     return _ops.pconv3x3(x, weight, fast)
 
 
@@ -668,7 +668,7 @@ def pconv3x3_(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"x overlaps itself (shape {tuple(x.shape)}, strides {x.stride()}), expected memory of its own")
     if not torch.compiler.is_compiling() and x.untyped_storage()._cdata == weight.untyped_storage()._cdata:
         raise ValueError("x shares memory with weight, expected memory of its own")
-    (weight,) = _autocast(x, weight)
+    (weight,) = autocast_weights(x, weight)
     if grad and (x.requires_grad or weight.requires_grad):
         return _InPlace.apply(x, weight)
     _ops.pconv3x3_(x, weight)
@@ -712,7 +712,7 @@ def pconv_pw(
     _check_vector("scale", scale, x, w_pw.shape[0])
     _check_vector("shift", shift, x, w_pw.shape[0])
     check_act(act)
-    w_partial, w_pw = _autocast(x, w_partial, w_pw)
+    w_partial, w_pw = autocast_weights(x, w_partial, w_pw)
     return _ops.pconv_pw(x, w_partial, w_pw, scale, shift, act, fast)
 
 
@@ -761,5 +761,5 @@ def fasternet_block(
     _check_vector("layer_scale", layer_scale, x, channels)
     _check_vector("sample_scale", sample_scale, x, x.shape[0])
     check_act(act)
-    w_partial, w_pw1, w_pw2 = _autocast(x, w_partial, w_pw1, w_pw2)
+    w_partial, w_pw1, w_pw2 = autocast_weights(x, w_partial, w_pw1, w_pw2)
     return _ops.block(x, w_partial, w_pw1, w_pw2, scale, shift, layer_scale, sample_scale, act, fast)

@@ -12,7 +12,8 @@
 // each row group a dozen visits per panel while h (112 x 256 floats) stays at 112 KB.
 //
 // All arithmetic goes through one micro-kernel, `micro`: kRows x kVecs accumulators over a list of K segments. An element's
-// sum runs over K in one order whatever the tile, so tiling and threads never change the bits.
+// sum runs over K in one order whatever the tile, so tiling and threads never change the bits: in order within a pass of at
+// most kDepth, then pass by pass, which keeps the rounding error of a long K near that of a short one.
 #include <math.h>
 
 #include "kernels.h"
@@ -32,6 +33,7 @@ constexpr int64_t kTilePixels = 112;
 constexpr int64_t kWholeRows = 160;     // wider images are cut into row segments of about kTilePixels
 constexpr int64_t kDepth = 256;         // K per pass: a panel of 256 cache lines is 16 KB and stays in L1
 constexpr int64_t kHiddenChunk = 256;   // hidden channels per pass
+constexpr int64_t kHeadDepth = 64;      // K per pass of the head: few rows, so passes are cheap and the logits more exact
 constexpr int kMaxSegments = 4;
 constexpr int kMaxRows = FASTERNET_ROWS;
 constexpr int kVectorsPerPanel = kPanelBytes / FASTERNET_VECTOR_BYTES;
@@ -99,18 +101,10 @@ void micro(const Micro<T>& m) {
   using V = typename VecOf<T, kBytes>::type;
   constexpr int kLanes = VecOf<T, kBytes>::kLanes;
   V acc[kRows][kVecs];
-  if (m.c_in) {
+  FASTERNET_UNROLL
+  for (int r = 0; r < kRows; ++r) {
     FASTERNET_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FASTERNET_UNROLL
-      for (int j = 0; j < kVecs; ++j) acc[r][j] = load<V>(m.c_in + r * m.c_in_stride + j * kLanes);
-    }
-  } else {
-    FASTERNET_UNROLL
-    for (int r = 0; r < kRows; ++r) {
-      FASTERNET_UNROLL
-      for (int j = 0; j < kVecs; ++j) acc[r][j] = V{};
-    }
+    for (int j = 0; j < kVecs; ++j) acc[r][j] = V{};
   }
   const T* b = m.b;
   const int64_t b_panel = m.b_panel;
@@ -136,6 +130,13 @@ void micro(const Micro<T>& m) {
       }
       FASTERNET_UNROLL
       for (int i = 0; i < kBases; ++i) base[i] += sizeof(T);
+    }
+  }
+  if (m.c_in) {
+    FASTERNET_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      FASTERNET_UNROLL
+      for (int j = 0; j < kVecs; ++j) acc[r][j] += load<V>(m.c_in + r * m.c_in_stride + j * kLanes);
     }
   }
   if (m.shift) {
@@ -257,6 +258,7 @@ struct Gemm {
   int64_t segment_stride[kMaxSegments];
   const Packed<T>* b;
   int64_t k_begin;         // the segments are this part of b's K
+  int64_t depth = kDepth;  // the most K per pass
   int64_t n_begin, n_end;  // columns of b; n_begin a multiple of a panel, n_end of a panel or n_padded
   const T* c_in;           // null: zeros
   int64_t c_in_stride;
@@ -274,7 +276,7 @@ void gemm(const Gemm<T>& g) {
   constexpr int64_t kWidth = panel_width<T>();
   int64_t depth = 0;
   for (int s = 0; s < g.n_segments; ++s) depth += g.segment_k[s];
-  const int64_t passes = ceil_div(depth, kDepth);
+  const int64_t passes = ceil_div(depth, g.depth);
   const bool late_act = g.act != Act::kIdentity && g.act != Act::kRelu;
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t k0 = pass * depth / passes, k1 = (pass + 1) * depth / passes;
@@ -895,6 +897,7 @@ void dense(const T* a, int64_t rows, const Packed<T>& w, Act act, T* out, const 
     g.groups = groups;
     g.n_groups = add_groups<T>(groups, 0, rows, 1, rows_of_a, g.segment_stride);
     g.b = &w;
+    g.depth = kHeadDepth;
     g.n_begin = begin * kTileColumns;
     g.n_end = clip(end * kTileColumns, w.n_padded);
     g.c = out + g.n_begin;
