@@ -1,0 +1,96 @@
+# make demo    an accelerated FasterNet on a photograph: same answers, a latency table and a chart
+# make test    the C++ and the Python tests, without the long ones
+# Both create .venv, install what is missing, and build. They need Python 3.10+, a C++17 compiler and make.
+#
+# make test-all   with the long tests          make test-cpp   csrc/ and its tests alone, without Python
+# make lint       style checks                 make format     style fixes                make clean
+#
+# Variables: PYTHON (interpreter that creates .venv), TORCH (what to install where .venv has no torch),
+# ARGS (options of `fasternet-kernels demo` or of pytest).
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# --no-deps where a package would otherwise choose a torch of its own.
+BUILD_PACKAGES := 'setuptools>=77' 'pybind11>=2.13'
+DEMO_PACKAGES := matplotlib pillow safetensors scikit-learn tqdm
+TEST_PACKAGES := $(DEMO_PACKAGES) 'pytest>=8' huggingface_hub pyyaml
+TEST_PACKAGES_NO_DEPS := timm==1.0.30 torchvision==0.28.0
+LINT_PACKAGES := ruff==0.17.6 clang-format==23.1.5
+
+CPP_BUILD := build/cpp
+JOBS := $(shell getconf _NPROCESSORS_ONLN)
+CPP_SOURCES = $(shell find csrc python -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
+
+.PHONY: demo test test-all test-cpp test-python lint format clean
+
+demo: $(VENV)/stamp-build $(VENV)/stamp-demo
+	$(BIN)/fasternet-kernels demo $(ARGS)
+
+test: test-cpp $(VENV)/stamp-build $(VENV)/stamp-test
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-all: test-cpp $(VENV)/stamp-build $(VENV)/stamp-test
+	$(BIN)/python -m pytest $(ARGS)
+
+test-cpp: $(VENV)/stamp-cmake
+	cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTERNET_BUILD_TESTS=ON
+	cmake --build $(CPP_BUILD)
+	ctest --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error --parallel $(JOBS)
+
+lint: $(VENV)/stamp-lint
+	ruff check .
+	ruff format --check .
+	clang-format --dry-run -Werror $(CPP_SOURCES)
+
+format: $(VENV)/stamp-lint
+	ruff check --fix .
+	ruff format .
+	clang-format -i $(CPP_SOURCES)
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache demo_output $(VENV)/stamp-build
+	rm -f fasternet_kernels/_C.so fasternet_runtime*.so
+
+# ---- The environment: one stamp per step, so that a second call does nothing ------------------------------------------
+
+$(VENV)/stamp-python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fasternet_kernels needs Python 3.10 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+# CMake 3.20 for `ctest --test-dir`; a system CMake or Ninja is used where there is one.
+$(VENV)/stamp-cmake: $(VENV)/stamp-python Makefile
+	printf 'cmake_minimum_required(VERSION 3.20)\n' > $(VENV)/cmake-version.cmake
+	cmake -P $(VENV)/cmake-version.cmake 2> /dev/null || $(PIP) 'cmake>=3.20'
+	command -v ninja > /dev/null || $(PIP) ninja
+	touch $@
+
+$(VENV)/stamp-torch: $(VENV)/stamp-python Makefile
+	$(BIN)/python -c 'import numpy, torch' 2> /dev/null || $(PIP) numpy '$(TORCH)'
+	touch $@
+
+$(VENV)/stamp-build: $(VENV)/stamp-cmake $(VENV)/stamp-torch $(SOURCES)
+	$(PIP) $(BUILD_PACKAGES)
+	$(PIP) --no-build-isolation --no-deps --editable .
+	touch $@
+
+$(VENV)/stamp-demo: $(VENV)/stamp-torch
+	$(PIP) $(DEMO_PACKAGES)
+	touch $@
+
+$(VENV)/stamp-test: $(VENV)/stamp-torch
+	$(PIP) $(TEST_PACKAGES)
+	$(PIP) --no-deps $(TEST_PACKAGES_NO_DEPS)
+	touch $@
+
+$(VENV)/stamp-lint: $(VENV)/stamp-python Makefile
+	$(PIP) $(LINT_PACKAGES)
+	touch $@

@@ -1,0 +1,177 @@
+// A network plan gives the bits of its operators run one after the other, and a plan that makes no sense is refused.
+#include <stdexcept>
+
+#include "testing.h"
+
+namespace {
+
+using namespace testing;
+using Step = fasternet::NetworkStep;
+using Kind = Step::Kind;
+
+// A small FasterNet: stem, block, output, merging, two blocks, output, head.
+template <class T>
+struct Plan {
+  static constexpr int64_t kIn = 3, kFirst = 12, kSecond = 24, kMid = 40, kClasses = 10;
+
+  Plan()
+      : stem(Filter<T>::random(1, kFirst, kIn, 4, 4, true, true)),
+        merging(Filter<T>::random(2, kSecond, kFirst, 2, 2, true, true)),
+        head_conv(Filter<T>::random(3, kMid, kSecond, 1, 1, false, true)),
+        head_fc(Filter<T>::random(4, kClasses, kMid, 1, 1, false, true)),
+        stem_pack({&stem}),
+        merging_pack({&merging}),
+        head_pack({&head_conv, &head_fc}),
+        blocks{block_pack(10, kFirst), block_pack(20, kSecond), block_pack(30, kSecond)} {}
+
+  static Packed<T> block_pack(uint32_t seed, int64_t channels) {
+    const int64_t c_partial = channels / 4;
+    const auto partial = Filter<T>::random(seed, c_partial, c_partial, 3, 3, false, false);
+    const auto pw1 = Filter<T>::random(seed + 1, 2 * channels, channels, 1, 1, true, true);
+    const auto pw2 = Filter<T>::random(seed + 2, channels, 2 * channels, 1, 1, false, false);
+    return Packed<T>({&partial, &pw1, &pw2});
+  }
+
+  std::vector<Step> steps() const {
+    const auto block = [&](int i, int64_t channels) {
+      return Step{Kind::kBlock, channels / 4, 2 * channels, 0, Act::kGelu, blocks[i].data()};
+    };
+    return {{Kind::kPatchConv, kFirst, 4, 4, Act::kIdentity, stem_pack.data()},
+            block(0, kFirst),
+            {Kind::kEmit, 0, 0, 0, Act::kIdentity, nullptr},
+            {Kind::kPatchConv, kSecond, 2, 2, Act::kIdentity, merging_pack.data()},
+            block(1, kSecond),
+            block(2, kSecond),
+            {Kind::kEmit, 0, 0, 0, Act::kIdentity, nullptr},
+            {Kind::kHead, kMid, kClasses, 0, Act::kGelu, head_pack.data()}};
+  }
+
+  Filter<T> stem, merging, head_conv, head_fc;
+  Packed<T> stem_pack, merging_pack, head_pack;
+  Packed<T> blocks[3];
+};
+
+template <class T>
+fasternet::Network network_of(const Tensor<T>& x, const std::vector<Step>& steps) {
+  fasternet::Network args;
+  args.dtype = Storage<T>::kDType;
+  args.batch = x.shape().batch, args.channels = x.shape().channels;
+  args.height = x.shape().height, args.width = x.shape().width;
+  args.x = x.data();
+  std::copy_n(x.stride(), 4, args.x_stride);
+  args.steps = steps.data(), args.n_steps = static_cast<int64_t>(steps.size());
+  return args;
+}
+
+template <class T>
+Tensor<T> patch_conv(const Tensor<T>& x, const Packed<T>& packed, int64_t c_out, int64_t size) {
+  const Shape& s = x.shape();
+  Tensor<T> y({s.batch, s.height / size, s.width / size, c_out});
+  fasternet::PatchConv args{Storage<T>::kDType, s.batch, s.channels, s.height, s.width,      c_out, size, size,
+                            x.data(),           {},      y.data(),   c_out,    packed.data()};
+  std::copy_n(x.stride(), 4, args.x_stride);
+  fasternet::patch_conv(args, fasternet::serial());
+  return y;
+}
+
+template <class T>
+Tensor<T> block(const Tensor<T>& x, const Packed<T>& packed) {
+  const Shape& s = x.shape();
+  Tensor<T> y(s);
+  const DType dtype = Storage<T>::kDType;
+  fasternet::block(
+      {dtype, dtype, s.batch, s.channels, s.height, s.width, s.channels / 4, 2 * s.channels, x.data(), x.pixel_stride(),
+       x.data(), x.pixel_stride(), y.data(), y.pixel_stride(), packed.data(), nullptr, Act::kGelu},
+      fasternet::serial());
+  return y;
+}
+
+template <class T>
+void test_same_bits_as_operators(const Shape& shape, Layout layout) {
+  const std::string name = std::string("network ") + Storage<T>::kName + " " + shape.str() +
+                           (layout == Layout::kChannelsFirst ? " NCHW" : " channels-last");
+  const Plan<T> plan;
+  Tensor<T> x(shape, layout);
+  x.fill(7);
+  const Tensor<T> before = x;
+  const Tensor<T> first = block(patch_conv(x, plan.stem_pack, plan.kFirst, 4), plan.blocks[0]);
+  const Tensor<T> second =
+      block(block(patch_conv(first, plan.merging_pack, plan.kSecond, 2), plan.blocks[1]), plan.blocks[2]);
+  Tensor<T> logits({shape.batch, 1, 1, plan.kClasses});
+  const Shape& s = second.shape();
+  fasternet::head({Storage<T>::kDType, s.batch, s.channels, s.height, s.width, plan.kMid, plan.kClasses, second.data(),
+                   second.pixel_stride(), logits.data(), plan.head_pack.data(), Act::kGelu},
+                  fasternet::serial());
+
+  const std::vector<Step> steps = plan.steps();
+  const fasternet::Network args = network_of(x, steps);
+  const std::vector<fasternet::FeatureShape> outputs = fasternet::network_outputs(args);
+  const auto has_shape = [](const fasternet::FeatureShape& f, int64_t channels, int64_t height, int64_t width) {
+    return f.channels == channels && f.height == height && f.width == width;
+  };
+  if (!check(outputs.size() == 3 && has_shape(outputs[0], plan.kFirst, first.shape().height, first.shape().width) &&
+                 has_shape(outputs[1], plan.kSecond, s.height, s.width) && has_shape(outputs[2], plan.kClasses, -1, -1),
+             name, "other outputs than the plan's")) {
+    return;
+  }
+  Threads two(2), five(5);
+  Reversed reversed(5);
+  for (const ParallelFor& parallel : {fasternet::serial(), two.parallel(), five.parallel(), reversed.parallel()}) {
+    Tensor<T> a = first.blank(), b = second.blank(), c = logits.blank();
+    void* const results[] = {a.data(), b.data(), c.data()};
+    fasternet::network(args, results, parallel);
+    const std::string threads = std::to_string(parallel.num_threads) + " threads";
+    check(a.same_bits(first), name, "first output differs from its operators', " + threads);
+    check(b.same_bits(second), name, "second output differs from its operators', " + threads);
+    check(c.same_bits(logits), name, "logits differ from their operators', " + threads);
+  }
+  check(x.same_bits(before), name, "the input changed");
+}
+
+template <class T>
+void test_bad_plans() {
+  const Plan<T> plan;
+  const std::vector<Step> good = plan.steps();
+  Tensor<T> x({1, 32, 32, Plan<T>::kIn});
+  const auto refused = [&](const std::string& what, const std::vector<Step>& steps) {
+    bool thrown = false;
+    try {
+      fasternet::network_outputs(network_of(x, steps));
+    } catch (const std::invalid_argument& error) {
+      thrown = *error.what() != '\0';
+    }
+    check(thrown, "network", "must refuse a plan that " + what);
+  };
+  refused("is empty", {});
+  refused("has no output", {good[0], good[1]});
+  refused("starts with a block", {good[1], good[2]});
+  refused("starts with an output", {good[2]});
+  refused("goes on after the head", {good[0], good[1], good[7], good[1], good[2]});
+  std::vector<Step> wrong = good;
+  wrong[1].a = Plan<T>::kFirst + 1;
+  refused("convolves more channels than there are", wrong);
+  wrong = good;
+  wrong[0].kind = static_cast<Kind>(9);
+  refused("has a step of no known kind", wrong);
+}
+
+template <class T>
+void test_type() {
+  for (Layout layout : {Layout::kChannelsLast, Layout::kChannelsFirst}) {
+    test_same_bits_as_operators<T>({1, 64, 96, Plan<T>::kIn}, layout);
+    test_same_bits_as_operators<T>({3, 37, 51, Plan<T>::kIn}, layout);
+    test_same_bits_as_operators<T>({1, 8, 8, Plan<T>::kIn}, layout);
+    test_same_bits_as_operators<T>({0, 32, 32, Plan<T>::kIn}, layout);
+  }
+  test_bad_plans<T>();
+}
+
+}  // namespace
+
+int main() {
+  return run_tests("test_network", [] {
+    test_type<float>();
+    test_type<double>();
+    test_type<BFloat16>();
+  });
+}

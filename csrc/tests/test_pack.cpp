@@ -1,0 +1,67 @@
+// The packed layout that fasternet_cpu.h promises: panels of one cache line by K rows, K over (row, column, channel).
+#include "testing.h"
+
+namespace {
+
+using namespace testing;
+
+template <class T>
+void test_layout(int64_t n, int64_t c, int64_t kh, int64_t kw, bool with_scale, bool with_shift) {
+  using Element = Compute<T>;
+  const std::string name = std::string("pack ") + Storage<T>::kName + " " + std::to_string(n) + "x" +
+                           std::to_string(c) + "x" + std::to_string(kh) + "x" + std::to_string(kw);
+  const auto filter = Filter<T>::random(1, n, c, kh, kw, with_scale, with_shift);
+  const Packed<T> packed({&filter});
+  const int64_t k = c * kh * kw, line = 64 / static_cast<int64_t>(sizeof(Element));
+  const int64_t size = fasternet::packed_size(Storage<T>::kDType, n, k);
+  check(size % line == 0, name, "the size is not a multiple of a cache line");
+
+  const std::vector<Element> folded = filter.template folded<Element>();
+  const Element* next = packed.data();
+  bool weights_right = true, padding_zero = true;
+  for (int64_t first = 0; first < n; first += line) {
+    const int64_t width = n - first <= line / 2 ? line / 2 : line;
+    for (int64_t i = 0; i < kh; ++i) {
+      for (int64_t j = 0; j < kw; ++j) {
+        for (int64_t channel = 0; channel < c; ++channel) {
+          for (int64_t lane = 0; lane < width; ++lane, ++next) {
+            if (first + lane < n) {
+              const int64_t at = (((first + lane) * c + channel) * kh + i) * kw + j;
+              weights_right &= *next == folded[static_cast<size_t>(at)];
+            } else {
+              padding_zero &= *next == 0;
+            }
+          }
+        }
+      }
+    }
+  }
+  bool shift_right = true;
+  for (int64_t i = 0; i < n; ++i) shift_right &= next[i] == filter.shift_of(i);
+  for (const Element* p = next + n; p < packed.data() + size; ++p) padding_zero &= *p == 0;
+  check(next + n <= packed.data() + size, name, "the size has no room for the shift");
+  check(weights_right, name, "a weight is not where it belongs, or not weight * scale rounded once");
+  check(padding_zero, name, "padding is not zero");
+  check(shift_right, name, "the shift is not behind the panels");
+}
+
+template <class T>
+void test_type() {
+  for (int64_t n : {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40}) {
+    test_layout<T>(n, 3, 3, 3, false, false);
+    test_layout<T>(n, 37, 1, 1, true, true);
+    test_layout<T>(n, 1, 1, 1, true, false);
+  }
+  test_layout<T>(600, 300, 1, 1, true, true);
+  test_layout<T>(40, 3, 4, 4, true, true);
+}
+
+}  // namespace
+
+int main() {
+  return run_tests("test_pack", [] {
+    test_type<float>();
+    test_type<double>();
+    test_type<BFloat16>();
+  });
+}

@@ -1,0 +1,51 @@
+"""Refuses to run without the compiled kernels, and fills uninitialised memory with NaN."""
+
+import pytest
+import torch
+
+import fasternet_kernels as fk
+
+COMPILED = (
+    "pconv3x3",
+    "pconv3x3_",
+    "pack",
+    "pconv_pw",
+    "pconv_pw_packed",
+    "block",
+    "block_packed",
+    "patch_conv",
+    "patch_conv_packed",
+    "head",
+    "head_packed",
+    "network",
+)
+
+
+def pytest_sessionstart(session):
+    # Without the compiled library the ops run their reference, and every parity test would compare it with itself.
+    status = fk.library.status()
+    missing = [name for name in COMPILED if not fk.library.has_cpu_kernel(name)]
+    if not status.loaded or missing:
+        pytest.exit(f"no compiled kernels, nothing to test: {status.reason or missing}", returncode=3)
+
+
+def pytest_report_header():
+    status = fk.library.status()
+    return f"fasternet_kernels: {status.isa} of {', '.join(status.available_isas)}; {status.compiler}; torch {torch.__version__}"
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN, so an element that a kernel forgets is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's number of threads for a test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
