@@ -1,0 +1,172 @@
+"""A self-test of every op on this machine: its kernel against float64, beside what eager PyTorch makes of the same inputs.
+
+An error is allowed to be twice eager's, in relative L2 norm and in maximum, plus one ulp of the largest value; 1e-13 relative in
+float64. ``fasternet-kernels check`` prints the rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from . import library, ops, reference
+from .reference import ACTS, BLOCK, EMIT, HEAD, PATCH_CONV, compute_dtype
+
+_ops = torch.ops.fasternet_kernels
+_FORMATS = {"NHWC": torch.channels_last, "NCHW": torch.contiguous_format}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One comparison. error and allowed are relative L2 errors; ok also covers the maximum error, shape, strides and dtype."""
+
+    op: str
+    backend: str
+    dtype: str
+    layout: str
+    error: float
+    allowed: float
+    ok: bool
+    detail: str = ""
+
+
+def _double(value):
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)):
+        return type(value)(_double(v) for v in value)
+    return value
+
+
+def _compare(got: Tensor, exact: Tensor, eager: Tensor) -> tuple[float, float, str]:
+    """(relative error, allowed relative error, what is wrong or an empty string)."""
+    if got.shape != eager.shape or got.dtype != eager.dtype or got.stride() != eager.stride():
+        return float("inf"), 0.0, "shape, strides or dtype differ from eager's"
+    if exact.numel() == 0:
+        return 0.0, 0.0, ""
+    norm, largest = float(exact.norm()), float(exact.abs().max())
+    if got.dtype == torch.float64:
+        ulp, allowed_peak, allowed = 0.0, 1e-13 * largest, 1e-13
+    else:
+        ulp = torch.finfo(got.dtype).eps * 2.0 ** float(torch.tensor(largest).log2().floor())
+        allowed_peak = 2 * float((eager.double() - exact).abs().max()) + ulp
+        allowed = 2 * float((eager.double() - exact).norm()) / norm + ulp * exact.numel() ** 0.5 / norm
+    error, peak = float((got.double() - exact).norm()) / norm, float((got.double() - exact).abs().max())
+    if error <= allowed and peak <= allowed_peak:
+        return error, allowed, ""
+    return error, allowed, f"maximum error {peak:.1e}, allowed {allowed_peak:.1e}"
+
+
+def _arguments(dtype: torch.dtype, memory_format: torch.memory_format, act: str, device: torch.device) -> dict[str, tuple]:
+    """Arguments for every op: a batch of two at 40 channels, 10 of them convolved, 9x7 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    compute = compute_dtype(dtype)
+
+    def randn(*shape, of=dtype):
+        fan_in = max(1, torch.Size(shape[1:]).numel()) if len(shape) > 1 else 1
+        t = torch.randn(*shape, generator=generator, dtype=torch.float64) / fan_in**0.5
+        return t.to(device=device, dtype=of)
+
+    def image(*shape):
+        t = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return t.to(device=device, dtype=dtype).to(memory_format=memory_format)
+
+    x, z, pixels = image(2, 40, 9, 7), image(2, 80, 9, 7), image(2, 3, 16, 24)
+    partial, pw1, pw2 = randn(10, 10, 3, 3), randn(80, 40, 1, 1), randn(40, 80, 1, 1)
+    scale, shift, mean = (randn(80, of=compute) for _ in range(3))
+    layer, sample = randn(40, of=compute), randn(2, of=compute)
+    patch, patch_shift = randn(40, 3, 4, 4), randn(40, of=compute)
+    w_conv, w_fc = randn(70, 40, 1, 1), randn(30, 70)
+    b_conv, b_fc = randn(70), randn(30)
+    weights = [partial, pw1, pw2]
+    pack = reference.pack(weights, [None, scale, layer], [None, shift, None])
+    pack_pw = reference.pack(weights[:2], [None, scale], [None, shift])
+    pack_patch = reference.pack([patch], [None], [patch_shift])
+    pack_head = reference.pack([w_conv, w_fc], [None, None], [b_conv.to(compute), b_fc.to(compute)])
+    code = ACTS.index(act)
+    plan = [PATCH_CONV, 40, 4, 4, 0, BLOCK, 10, 80, 0, code, EMIT, 0, 0, 0, 0, HEAD, 70, 30, 0, code]
+    block = (partial, pw1, pw2, scale, shift, layer, sample, act)
+    return {
+        "pconv3x3": (x, partial),
+        "pconv3x3_": (x, partial),
+        "pconv3x3_backward": (x.flip(0), x[:, :10], partial, [True, True]),
+        "pack": (weights, [None, scale, layer], [None, shift, None]),
+        "pconv_pw": (x, partial, pw1, scale, shift, act),
+        "pconv_pw_packed": (x, pack_pw, 10, 80, act),
+        "pconv_pw_backward": (z, x, partial, pw1, scale, shift, act, [True] * 5),
+        "block": (x, *block),
+        "block_packed": (x, pack, 10, 80, sample, act),
+        "block_backward": (x.flip(0), x, *block, [True] * 8),
+        "patch_conv": (pixels, patch, None, patch_shift),
+        "patch_conv_packed": (pixels, pack_patch, 40, 4, 4),
+        "patch_conv_backward": (image(2, 40, 4, 6), pixels, patch, None, patch_shift, [True, True, False, True]),
+        "head": (x, w_conv, b_conv, w_fc, b_fc, act),
+        "head_packed": (x, pack_head, 70, 30, act),
+        "head_backward": (randn(2, 30), x, w_conv, b_conv, w_fc, b_fc, act, [True] * 5),
+        "network": (pixels, [pack_patch, pack, pack_head], plan),
+        "pw_stats": (x, partial, pw1),
+        "pw_stats_backward": (z, mean, shift, x, z, mean, partial, pw1, [True] * 3),
+        "bn_act": (z, mean, scale, shift, act),
+        "bn_act_backward": (z.flip(0), z, mean, scale, shift, act, [True] * 4),
+        "act_pw_residual": (x, z, mean, scale, shift, pw2, layer, sample, act),
+        "act_pw_residual_backward": (x, z, mean, scale, shift, pw2, layer, sample, act, [True] * 7),
+    }
+
+
+def _results(fn: Callable, args: tuple) -> list[Tensor]:
+    if fn in (_ops.pconv3x3_, reference.pconv3x3_):
+        x = args[0].clone()
+        fn(x, *args[1:])
+        return [x]
+    results = fn(*args)
+    return [results] if isinstance(results, Tensor) else list(results)
+
+
+def backend_of(name: str, device: torch.device) -> str:
+    """What runs op ``name`` on ``device``: the compiled kernel's instruction set, or the PyTorch reference."""
+    if device.type == "cpu" and library.has_cpu_kernel(name):
+        return library.status().isa or "compiled"
+    return "reference"
+
+
+def run(progress: Callable[[int, int], None] | None = None, device: str = "cpu") -> list[Row]:
+    """Compares every op with float64 in every dtype and layout it takes, on ``device``; a few seconds on a CPU.
+
+    Args:
+        progress: called as progress(done, total) after each comparison.
+        device: where the ops run; the float64 results are computed on the CPU.
+
+    Returns:
+        One row for each op, dtype and layout. An op without a kernel on this device runs its reference; its row says so and
+        only shows that it is the same computation as in float64.
+    """
+    where = torch.device(device)
+    combinations = [(dtype, layout) for dtype in _DTYPES for layout in _FORMATS]
+    total = len(ops.SCHEMAS) * len(combinations)
+    rows: list[Row] = []
+    for i, (dtype, layout) in enumerate(combinations):
+        act = ACTS[1 + i % (len(ACTS) - 1)]
+        arguments = _arguments(dtype, _FORMATS[layout], act, where)
+        for name in ops.SCHEMAS:
+            args = arguments[name]
+            plain = getattr(reference, name)
+            try:
+                with torch.no_grad():
+                    exact = [r.cpu() for r in _results(plain, _double(args))] if name != "pack" else None
+                    eager = [r.cpu() for r in _results(plain, args)]
+                    got = [r.cpu() for r in _results(getattr(_ops, name), args)]
+                # Packs of other dtypes have other panels: their reference is the plain packing itself, bit for bit.
+                exact = [r.double() for r in eager] if exact is None else exact
+                found = [_compare(g, e, p) for g, e, p in zip(got, exact, eager, strict=True)]
+                error, allowed, detail = max(found, key=lambda row: (row[2] != "", row[0]))
+            except Exception as failure:  # a row that cannot be computed is a finding, not an end
+                error, allowed, detail = float("inf"), 0.0, f"{type(failure).__name__}: {failure}"
+            short = str(dtype).removeprefix("torch.")
+            rows.append(Row(name, backend_of(name, where), short, layout, error, allowed, detail == "", detail))
+            if progress is not None:
+                progress(len(rows), total)
+    return rows
