@@ -74,6 +74,7 @@ class CMakeBuild(build_ext):
             "-DFASTERNET_BUILD_TORCH=ON",
             "-DFASTERNET_BUILD_PYTHON=ON",
             "-DFASTERNET_BUILD_TESTS=OFF",
+            f"-DFASTERNET_VERSION={self.distribution.get_version()}",
             f"-DFASTERNET_TORCH_INCLUDE_DIRS={';'.join(cpp_extension.include_paths())}",
             f"-DFASTERNET_TORCH_LIBRARY_DIRS={';'.join(cpp_extension.library_paths())}",
             f"-DPython_EXECUTABLE={sys.executable}",

@@ -32,22 +32,22 @@ class Status:
     compiler: str | None = None
 
 
-_status = Status(loaded=False, reason="not loaded yet")
+_status: Status | None = None
 
 
 def status() -> Status:
     """What became of the compiled library."""
-    return _status
+    return load()
 
 
 def load() -> Status:
-    """Loads the compiled library beside this file and registers its kernels. Called once, by the package.
+    """Loads the compiled library beside this file and registers its kernels; warns if it cannot. Later calls do nothing.
 
     Raises:
         RuntimeError: ``FASTERNET_KERNELS_ISA`` names an instruction set that is unknown or that this machine lacks.
     """
     global _status
-    if _status.loaded:
+    if _status is not None:
         return _status
     _status = _load()
     if not _status.loaded:

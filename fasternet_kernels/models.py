@@ -30,7 +30,7 @@ __all__ = [
     "load_checkpoint",
 ]
 
-_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": lambda: nn.ReLU(inplace=True),
     "gelu": nn.GELU,
     "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
@@ -99,7 +99,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(
             nn.Conv2d(dim, hidden, 1, bias=False),
             nn.BatchNorm2d(hidden),
-            _ACTIVATIONS[act](),
+            ACTIVATIONS[act](),
             nn.Conv2d(hidden, dim, 1, bias=False),
         )
         self.spatial_mixing = PartialConv(dim, n_div)
@@ -201,8 +201,8 @@ class FasterNet(nn.Module):
         feature_norm: bool = False,
     ):
         super().__init__()
-        if act not in _ACTIVATIONS:
-            raise ValueError(f"act must be one of {', '.join(_ACTIVATIONS)}, got {act!r}")
+        if act not in ACTIVATIONS:
+            raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
         if not depths or min(depths) < 1:
             raise ValueError(f"depths must name at least one block for each stage, got {depths!r}")
         if feature_norm and not features_only:
@@ -237,7 +237,7 @@ class FasterNet(nn.Module):
         else:
             self.global_pool = nn.AdaptiveAvgPool2d(1)
             self.conv_head = nn.Conv2d(self.channels[-1], feature_dim, 1, bias=False)
-            self.act = _ACTIVATIONS[act]()
+            self.act = ACTIVATIONS[act]()
             self.flatten = nn.Flatten(1)
             self.dropout = nn.Dropout(drop_rate)
             self.classifier = nn.Linear(feature_dim, num_classes) if num_classes else nn.Identity()

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .reference import ACTS, apply_act, compute_dtype
+from .models import ACTIVATIONS, DropPath
+from .reference import apply_act, compute_dtype
 
 _ops = torch.ops.fasternet_kernels
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -36,27 +37,6 @@ class BlockParts(NamedTuple):
     pw2: nn.Conv2d
     layer_scale: Tensor | None
     drop_path: nn.Module | None
-
-
-class DropPath(nn.Module):
-    """Stochastic depth: drops whole samples with probability ``drop_prob`` in training and scales the others up.
-
-    Works on any (B, ...) tensor; the mean is kept.
-    """
-
-    def __init__(self, drop_prob: float = 0.0):
-        super().__init__()
-        self.drop_prob = drop_prob
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.drop_prob == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.drop_prob
-        mask = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(keep)
-        return x * (mask.div_(keep) if keep > 0.0 else mask)
-
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob}"
 
 
 # ---- Batch norm as vectors ----------------------------------------------------------------------------------------------
@@ -402,7 +382,7 @@ class FasterNetBlock(FusedBlock):
         self.mlp = nn.Sequential(
             nn.Conv2d(dim, hidden, 1, bias=False, **factory),
             nn.BatchNorm2d(hidden, **factory),
-            ACT_MODULES[act](),
+            ACTIVATIONS[act](),
             nn.Conv2d(hidden, dim, 1, bias=False, **factory),
         )
         self.spatial_mixing = PConv(dim, n_div, **factory)
@@ -416,17 +396,6 @@ class FasterNetBlock(FusedBlock):
         return BlockParts(
             self.spatial_mixing.partial_conv3, pw1, norm, self.act, pw2, self.layer_scale, self.drop_path
         )
-
-
-ACT_MODULES = {
-    "identity": nn.Identity,
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-    "silu": nn.SiLU,
-    "hardswish": nn.Hardswish,
-}
-assert tuple(ACT_MODULES) == ACTS
 
 
 def act_name(module: nn.Module) -> str | None:

@@ -656,17 +656,20 @@ def pconv3x3_(x: Tensor, weight: Tensor) -> Tensor:
         weight: (C_partial, C_partial, 3, 3), x's dtype and device.
 
     Raises:
-        TypeError, ValueError: as :func:`pconv3x3`; also if ``x`` overlaps itself, shares memory with ``weight``, or is a leaf
-            that requires grad while gradients are on. ``x`` is then untouched.
+        TypeError, ValueError: as :func:`pconv3x3`; also if ``x`` overlaps itself, shares memory with ``weight``, or is (a view
+            of) a leaf that requires grad while gradients are on. ``x`` is then untouched.
     """
     _check_image(x)
     _check_partial("weight", weight, x)
     grad = torch.is_grad_enabled()
-    if grad and x.requires_grad and x.is_leaf:
-        raise ValueError("x is a leaf that requires grad, expected a tensor that may be changed in place")
-    if _overlaps_itself(x):
+    tracing = torch.compiler.is_compiling()
+    bases = (x, x._base) if not tracing and x._is_view() else (x,)
+    if grad and any(t.requires_grad and t.is_leaf for t in bases):
+        what = "a leaf" if x.is_leaf else "a view of a leaf"
+        raise ValueError(f"x is {what} that requires grad, expected a tensor that may be changed in place")
+    if not tracing and _overlaps_itself(x):
         raise ValueError(f"x overlaps itself (shape {tuple(x.shape)}, strides {x.stride()}), expected memory of its own")
-    if not torch.compiler.is_compiling() and x.untyped_storage()._cdata == weight.untyped_storage()._cdata:
+    if not tracing and x.untyped_storage()._cdata == weight.untyped_storage()._cdata:
         raise ValueError("x shares memory with weight, expected memory of its own")
     (weight,) = autocast_weights(x, weight)
     if grad and (x.requires_grad or weight.requires_grad):
