@@ -1,4 +1,5 @@
-"""Fused kernels for FasterNet (arXiv 2303.03667): partial convolution with what follows it, for inference and training."""
+"""Fused kernels for FasterNet (arXiv 2303.03667): partial convolution with what follows it, for
+inference and training."""
 
 from . import library, ops
 

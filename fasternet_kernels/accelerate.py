@@ -1,11 +1,12 @@
 """Finds FasterNet's parts in a live model and swaps in fused modules; puts the originals back.
 
-What is looked for is structure, never names: a block is a module with a 3x3 convolution on part of its channels and two 1x1
-convolutions around an activation; a patch convolution is one whose stride is its kernel, with its norm; a network is a chain of
-these with a pooled head. What is found must then prove itself: a copy with random parameters in float64 has to give the same
-answers fused and unfused, in eval and in training mode, and leave its input alone. Only then is the module replaced, by one that
-shares the original's children, parameters, buffers, hooks and attributes, so parameters stay the same objects under the same
-keys.
+What is looked for is structure, never names: a block is a module with a 3x3 convolution on part of
+its channels and two 1x1 convolutions around an activation; a patch convolution is one whose stride
+is its kernel, with its norm; a network is a chain of
+these with a pooled head. What is found must then prove itself: a copy with random parameters in
+float64 has to give the same answers fused and unfused, in eval and in training mode, and leave its
+input alone. Only then is the module replaced, by one that shares the original's children,
+parameters, buffers, hooks and attributes, so parameters stay the same objects under the same keys.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from . import ops
 from .modules import (
     _NORMS,
     BlockParts,
@@ -29,7 +31,6 @@ from .modules import (
     _identity_of,
     act_name,
 )
-from . import ops
 from .reference import ACTS, BLOCK, HEAD, PATCH_CONV, compute_dtype
 
 _ops = torch.ops.fasternet_kernels
@@ -63,9 +64,9 @@ class Report:
     def __str__(self) -> str:
         lines = [f"{len(self.swapped)} swapped, {len(self.refused)} refused"]
         for row in self.rows:
-            lines.append(f"  {'swapped' if row.swapped else 'refused'}  {row.kind:<12} {row.path or '(model)'}")
-            if row.reason:
-                lines[-1] += f": {row.reason}"
+            done = "swapped" if row.swapped else "refused"
+            reason = f": {row.reason}" if row.reason else ""
+            lines.append(f"  {done}  {row.kind:<12} {row.path or '(model)'}{reason}")
         return "\n".join(lines)
 
 
@@ -77,7 +78,7 @@ class _DoesNotRun(_Refused):
     """The original module itself does not accept the input."""
 
 
-# ---- Swapped modules ----------------------------------------------------------------------------------------------------
+# ---- Swapped modules -----------------------------------------------------------------------------
 
 
 def _resolve(module: nn.Module, path: tuple[str, ...]):
@@ -87,7 +88,8 @@ def _resolve(module: nn.Module, path: tuple[str, ...]):
 
 
 class _Swapped:
-    """What the swapped modules share: they take over the whole state of the original and keep it for restore."""
+    """What the swapped modules share: they take over the whole state of the original and keep it
+    for restore."""
 
     def adopt(self, original: nn.Module) -> None:
         state = {name: value for name, value in original.__dict__.items() if name != "forward"}
@@ -105,7 +107,11 @@ class SwappedBlock(_Swapped, FusedBlock):
         self.__dict__["_act"] = act
 
     def parts(self) -> BlockParts:
-        at = {name: None if path is None else _resolve(self, path) for name, path in self._paths.items() if name != "layer_scale"}
+        at = {
+            name: None if path is None else _resolve(self, path)
+            for name, path in self._paths.items()
+            if name != "layer_scale"
+        }
         path = self._paths["layer_scale"]
         layer_scale = None if path is None else _resolve(self, path[:-1])._parameters[path[-1]]
         return BlockParts(act=self._act, layer_scale=layer_scale, **at)
@@ -148,10 +154,12 @@ class SwappedPConv(_Swapped, nn.Module):
         return ops.pconv3x3(x, conv.weight)
 
 
-# ---- Recognition --------------------------------------------------------------------------------------------------------
+# ---- Recognition ---------------------------------------------------------------------------------
 
 
-def _leaves(module: nn.Module, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
+def _leaves(
+    module: nn.Module, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], nn.Module]]:
     """The modules without children below ``module``, in registration order."""
     for name, child in module._modules.items():
         if child is None:
@@ -170,9 +178,18 @@ def _is_conv1x1(m: nn.Module) -> bool:
     return type(m) is nn.Conv2d and m.kernel_size == (1, 1)
 
 
-def _check_plain(name: str, conv: nn.Conv2d, stride: tuple[int, int], padding: tuple[int, int]) -> None:
-    if conv.stride != stride or conv.padding != padding or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
-        raise _Refused(f"{name} has stride {conv.stride}, padding {conv.padding}, dilation {conv.dilation}")
+def _check_plain(
+    name: str, conv: nn.Conv2d, stride: tuple[int, int], padding: tuple[int, int]
+) -> None:
+    if (
+        conv.stride != stride
+        or conv.padding != padding
+        or conv.dilation != (1, 1)
+        or conv.padding_mode != "zeros"
+    ):
+        raise _Refused(
+            f"{name} has stride {conv.stride}, padding {conv.padding}, dilation {conv.dilation}"
+        )
     if conv.groups != 1:
         raise _Refused(f"{name} has {conv.groups} groups")
 
@@ -180,18 +197,24 @@ def _check_plain(name: str, conv: nn.Conv2d, stride: tuple[int, int], padding: t
 def _own_parameters(module: nn.Module, leaves) -> list[tuple[tuple[str, ...], Tensor]]:
     """The parameters that containers (not leaves) hold directly."""
     owned = {id(p) for _, leaf in leaves for p in leaf.parameters(recurse=False)}
-    return [(tuple(name.split(".")), p) for name, p in module.named_parameters() if id(p) not in owned]
+    return [
+        (tuple(name.split(".")), p) for name, p in module.named_parameters() if id(p) not in owned
+    ]
 
 
 def _match_block(module: nn.Module) -> SwappedBlock | None:
-    """A stand-in for ``module`` if it has a block's structure, None if it is something else altogether."""
+    """A stand-in for ``module`` if it has a block's structure, None if it is something else
+    altogether."""
     leaves = list(_leaves(module))
     partials = [(path, m) for path, m in leaves if _is_same_conv3x3(m)]
     pointwise = [(path, m) for path, m in leaves if _is_conv1x1(m)]
     if len(partials) != 1 or len(pointwise) != 2:
         return None
     (partial_path, partial), ((pw1_path, pw1), (pw2_path, pw2)) = partials[0], pointwise
-    if pw1.in_channels < partial.in_channels or (pw2.in_channels, pw2.out_channels) != (pw1.out_channels, pw1.in_channels):
+    if pw1.in_channels < partial.in_channels or (pw2.in_channels, pw2.out_channels) != (
+        pw1.out_channels,
+        pw1.in_channels,
+    ):
         return None
     _check_plain("the 3x3 convolution", partial, (1, 1), (1, 1))
     _check_plain("the first 1x1 convolution", pw1, (1, 1), (0, 0))
@@ -202,7 +225,11 @@ def _match_block(module: nn.Module) -> SwappedBlock | None:
     between = leaves[order.index(pw1_path) + 1 : order.index(pw2_path)]
     norms = [(path, m) for path, m in between if isinstance(m, _NORMS)]
     acts = [(path, m) for path, m in between if not isinstance(m, (*_NORMS, nn.Identity))]
-    if len(norms) > 1 or len(acts) > 1 or (norms and acts and order.index(norms[0][0]) > order.index(acts[0][0])):
+    if (
+        len(norms) > 1
+        or len(acts) > 1
+        or (norms and acts and order.index(norms[0][0]) > order.index(acts[0][0]))
+    ):
         raise _Refused("between the 1x1 convolutions there is more than a norm and an activation")
     act = act_name(acts[0][1]) if acts else "identity"
     if act is None:
@@ -258,19 +285,27 @@ def _match_pconv(module: nn.Module) -> SwappedPConv | None:
     return SwappedPConv(module, path)
 
 
-# ---- Proof --------------------------------------------------------------------------------------------------------------
+# ---- Proof ---------------------------------------------------------------------------------------
 
 
 def _randomised_copy(module: nn.Module) -> nn.Module:
-    """A float64 CPU copy without hooks whose parameters and statistics are random, so that none is zero or one by chance."""
+    """A float64 CPU copy without hooks whose parameters and statistics are random, so that none is
+    zero or one by chance."""
     if any(t.is_meta for t in module.state_dict(keep_vars=True).values()):
         raise _Refused("its parameters are on the meta device")
     try:
         twin = copy.deepcopy(module)
-    except Exception as error:  # tensors with history, locks, open files: whatever the user put there
+    except (
+        Exception
+    ) as error:  # tensors with history, locks, open files: whatever the user put there
         raise _Refused(f"it cannot be copied: {error}") from None
     for m in twin.modules():
-        for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks):
+        for hooks in (
+            m._forward_hooks,
+            m._forward_pre_hooks,
+            m._backward_hooks,
+            m._backward_pre_hooks,
+        ):
             hooks.clear()
     twin = twin.to(device="cpu", dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
@@ -281,7 +316,11 @@ def _randomised_copy(module: nn.Module) -> nn.Module:
             if name.endswith("running_var"):
                 t.uniform_(0.5, 1.5, generator=generator)
             else:
-                t.normal_(0.0, (1.0 / max(1, t[0].numel())) ** 0.5 if t.dim() > 1 else 1.0, generator=generator)
+                t.normal_(
+                    0.0,
+                    (1.0 / max(1, t[0].numel())) ** 0.5 if t.dim() > 1 else 1.0,
+                    generator=generator,
+                )
     return twin.requires_grad_(False)
 
 
@@ -293,7 +332,8 @@ def _difference(a, b) -> float:
 
 
 def _run(module: nn.Module, x: Tensor, seed: int):
-    """(result, the input afterwards); the random numbers of the module are the same at every call."""
+    """(result, the input afterwards); the random numbers of the module are the same at every
+    call."""
     x = x.clone()
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
         torch.manual_seed(seed)
@@ -301,11 +341,14 @@ def _run(module: nn.Module, x: Tensor, seed: int):
 
 
 def _prove(swapped, x: Tensor, modes: tuple[bool, ...]) -> None:
-    """Raises _Refused unless copies of the original and of its stand-in agree on ``x`` in the given training modes."""
+    """Raises _Refused unless copies of the original and of its stand-in agree on ``x`` in the given
+    training modes."""
     theirs = _randomised_copy(swapped.original)
     ours = copy.deepcopy(theirs)
     fused = copy.copy(swapped)
-    fused.__dict__.update({name: value for name, value in ours.__dict__.items() if name != "forward"})
+    fused.__dict__.update(
+        {name: value for name, value in ours.__dict__.items() if name != "forward"}
+    )
     fused.__dict__["original"] = ours
     for training in modes:
         theirs.train(training)
@@ -315,7 +358,9 @@ def _prove(swapped, x: Tensor, modes: tuple[bool, ...]) -> None:
             try:
                 expected, x_after = _run(theirs, x, seed)
             except Exception as error:  # whatever the module raises: it is not one of ours
-                raise _DoesNotRun(f"it does not run on an input of shape {tuple(x.shape)}: {error}") from None
+                raise _DoesNotRun(
+                    f"it does not run on an input of shape {tuple(x.shape)}: {error}"
+                ) from None
             if not torch.equal(x_after, x):
                 raise _Refused("it changes its input in place")
             try:
@@ -324,14 +369,18 @@ def _prove(swapped, x: Tensor, modes: tuple[bool, ...]) -> None:
                 raise _Refused(f"the fused module does not run: {error}") from None
             difference = _difference(got, expected)
             if not difference <= _TOLERANCE:
-                raise _Refused(f"it computes something else: in {mode} mode it differs by {difference:.1e}")
+                raise _Refused(
+                    f"it computes something else: in {mode} mode it differs by {difference:.1e}"
+                )
         for (name, a), b in zip(fused.named_buffers(), theirs.buffers()):
             if a.is_floating_point() and not _difference(a, b) <= _TOLERANCE:
                 raise _Refused(f"it updates {name} differently")
 
 
 def _image(channels: int, height: int, width: int) -> Tensor:
-    return torch.randn(2, channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    return torch.randn(
+        2, channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
 
 def _prove_block(swapped: SwappedBlock) -> None:
@@ -345,11 +394,14 @@ def _prove_patch_conv(swapped: SwappedPatchConv) -> None:
 
 
 def _prove_pconv(swapped: SwappedPConv) -> None:
-    """The number of input channels stands nowhere in the convolution: it is one of the module's integers, or a sum."""
+    """The number of input channels stands nowhere in the convolution: it is one of the module's
+    integers, or a sum."""
     c_partial = _resolve(swapped, swapped._path).in_channels
     numbers = [v for v in vars(swapped.original).values() if type(v) is int and v > 0]
     candidates = sorted({v for v in (*numbers, *(c_partial + v for v in numbers)) if v > c_partial})
-    candidates += [n_div * c_partial for n_div in (4, 2, 3, 8) if n_div * c_partial not in candidates]
+    candidates += [
+        n_div * c_partial for n_div in (4, 2, 3, 8) if n_div * c_partial not in candidates
+    ]
     for channels in candidates:
         try:
             return _prove(swapped, _image(channels, 3, 5), (False, True))
@@ -358,24 +410,30 @@ def _prove_pconv(swapped: SwappedPConv) -> None:
     raise _DoesNotRun("it runs on no input wider than its convolution")
 
 
-# ---- Networks -----------------------------------------------------------------------------------------------------------
+# ---- Networks ------------------------------------------------------------------------------------
 
 
 class NetworkForward:
-    """Runs a whole accelerated network as one op when nothing needs gradients; otherwise module by module.
+    """Runs a whole accelerated network as one op when nothing needs gradients; otherwise module by
+    module.
 
-    An instance stands in the model's ``__dict__`` under ``forward``, so that copies and pickles of the model carry their own.
-    Before each fused call it makes sure that the model still has the modules it was made for, without hooks.
+    An instance stands in the model's ``__dict__`` under ``forward``, so that copies and pickles of
+    the model carry their own. Before each fused call it makes sure that the model still has the
+    modules it was made for, without hooks.
     """
 
     def __init__(self, model: nn.Module, steps, head: dict[str, tuple[str, ...]], act: str):
         self.model = model
-        self.inner = model.__dict__.get("forward")  # the model's own per-instance forward, if it has one
+        self.inner = model.__dict__.get(
+            "forward"
+        )  # the model's own per-instance forward, if it has one
         self.steps = [_resolve(model, path) for path in steps]
         self.head = head
         self.act = act
         inside = {id(m) for step in self.steps for m in step.modules()}
-        self.outside = [(m, tuple(m._modules.values())) for m in model.modules() if id(m) not in inside]
+        self.outside = [
+            (m, tuple(m._modules.values())) for m in model.modules() if id(m) not in inside
+        ]
         self._pack = None
 
     def drop_pack(self) -> None:
@@ -390,11 +448,14 @@ class NetworkForward:
         return type(self.model).forward(self.model, x) if self.inner is None else self.inner(x)
 
     def intact(self) -> bool:
-        """Whether the chain is as it was recognised and calling its modules would do no more than their forward."""
+        """Whether the chain is as it was recognised and calling its modules would do no more than
+        their forward."""
         for m, children in self.outside:
             if m is not self.model and (m._forward_hooks or m._forward_pre_hooks):
                 return False
-            if len(m._modules) != len(children) or any(a is not b for a, b in zip(m._modules.values(), children)):
+            if len(m._modules) != len(children) or any(
+                a is not b for a, b in zip(m._modules.values(), children)
+            ):
                 return False
         for step in self.steps:
             if step._forward_hooks or step._forward_pre_hooks:
@@ -407,7 +468,10 @@ class NetworkForward:
         identity = _identity_of(sources)
         if self._pack is None or identity is None or self._pack[0] != identity:
             with torch.no_grad():
-                shifts = [None if b is None else b.to(compute_dtype(conv.weight.dtype)) for b in (conv.bias, fc.bias)]
+                shifts = [
+                    None if b is None else b.to(compute_dtype(conv.weight.dtype))
+                    for b in (conv.bias, fc.bias)
+                ]
                 self._pack = (identity, _ops.pack([conv.weight, fc.weight], [None, None], shifts))
         return self._pack[1]
 
@@ -446,7 +510,9 @@ class NetworkForward:
         if fc is None or not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != "cpu":
             return self.modules_run(x)
         stem, _ = self.steps[0].parts()
-        if x.shape[1] != stem.in_channels or (x.dtype != fc.weight.dtype and _autocast_dtype(x) is None):
+        if x.shape[1] != stem.in_channels or (
+            x.dtype != fc.weight.dtype and _autocast_dtype(x) is None
+        ):
             return self.modules_run(x)
         plan = self.plan()
         if plan is None or not _large_enough(x, self.steps):
@@ -461,7 +527,8 @@ def _drops_paths(drop_path: nn.Module | None) -> bool:
 
 
 def _large_enough(x: Tensor, steps) -> bool:
-    """Whether every patch convolution has at least one patch; if not, the modules raise as they always did."""
+    """Whether every patch convolution has at least one patch; if not, the modules raise as they
+    always did."""
     height, width = x.shape[2:]
     for step in steps:
         if isinstance(step, FusedPatchConv):
@@ -471,16 +538,19 @@ def _large_enough(x: Tensor, steps) -> bool:
 
 
 def _match_network(model: nn.Module) -> NetworkForward | None:
-    """Recognises and proves stem, blocks and merging layers, then pool, 1x1 convolution, activation, linear.
+    """Recognises and proves stem, blocks and merging layers, then pool, 1x1 convolution,
+    activation, linear.
 
-    Registration order says nothing about the order of calls (timm's stages register their merging layer last), so the calls of a
-    random copy are watched.
+    Registration order says nothing about the order of calls (timm's stages register their merging
+    layer last), so the calls of a random copy are watched.
     """
     units: dict[str, nn.Module] = {}
 
     def walk(module: nn.Module, prefix: str) -> None:
         for name, child in module._modules.items():
-            if isinstance(child, (FusedBlock, FusedPatchConv)) or (child is not None and not child._modules):
+            if isinstance(child, (FusedBlock, FusedPatchConv)) or (
+                child is not None and not child._modules
+            ):
                 units[prefix + name] = child
             elif child is not None:
                 walk(child, f"{prefix}{name}.")
@@ -488,14 +558,26 @@ def _match_network(model: nn.Module) -> NetworkForward | None:
     walk(model, "")
     patches = [m for m in units.values() if isinstance(m, FusedPatchConv)]
     steps = {name for name, m in units.items() if isinstance(m, (FusedBlock, FusedPatchConv))}
-    others = {name for name, m in units.items() if name not in steps and next(m.parameters(), None) is not None}
-    if not patches or len(others) != 2 or len({m.parts()[0].in_channels for m in patches}) != len(patches):
+    others = {
+        name
+        for name, m in units.items()
+        if name not in steps and next(m.parameters(), None) is not None
+    }
+    if (
+        not patches
+        or len(others) != 2
+        or len({m.parts()[0].in_channels for m in patches}) != len(patches)
+    ):
         return None
     twin = _randomised_copy(model).eval()
     calls: list[str] = []
     handles = []
     for name in units:
-        handles.append(twin.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.append(name)))
+        handles.append(
+            twin.get_submodule(name).register_forward_pre_hook(
+                lambda *_, name=name: calls.append(name)
+            )
+        )
     stem = min((m.parts()[0] for m in patches), key=lambda conv: conv.in_channels)
     total = [1, 1]
     for m in patches:
@@ -509,9 +591,11 @@ def _match_network(model: nn.Module) -> NetworkForward | None:
         handle.remove()
     chain = [name for name in calls if name in steps]
     tail = [name for name in calls[calls.index(chain[-1]) + 1 :] if chain] if chain else []
-    if len(chain) != len(steps) or set(chain) != steps or [name for name in tail if name in others] != [
-        name for name in calls if name in others
-    ]:
+    if (
+        len(chain) != len(steps)
+        or set(chain) != steps
+        or [name for name in tail if name in others] != [name for name in calls if name in others]
+    ):
         return None
     convs = [name for name in tail if _is_conv1x1(units[name])]
     linears = [name for name in tail if isinstance(units[name], nn.Linear)]
@@ -519,7 +603,11 @@ def _match_network(model: nn.Module) -> NetworkForward | None:
     if len(convs) != 1 or len(linears) != 1 or len(acts) > 1:
         return None
     path = {name: tuple(name.split(".")) for name in (*chain, convs[0], linears[0])}
-    arguments = ([path[name] for name in chain], {"conv": path[convs[0]], "fc": path[linears[0]]}, (*acts, "identity")[0])
+    arguments = (
+        [path[name] for name in chain],
+        {"conv": path[convs[0]], "fc": path[linears[0]]},
+        (*acts, "identity")[0],
+    )
     got, _ = _run(NetworkForward(twin, *arguments), x, 0)
     difference = _difference(got, expected)
     if not difference <= _TOLERANCE:
@@ -527,14 +615,21 @@ def _match_network(model: nn.Module) -> NetworkForward | None:
     return NetworkForward(model, *arguments)
 
 
-# ---- Public functions -----------------------------------------------------------------------------------------------------
+# ---- Public functions ----------------------------------------------------------------------------
 
 
-def _swap_below(module: nn.Module, path: tuple[str, ...], match, prove, kind: str, rows: list[Row]) -> bool:
-    """Swaps the innermost matches below ``module``, which is not swapped itself. Returns whether anything below matched."""
+def _swap_below(
+    module: nn.Module, path: tuple[str, ...], match, prove, kind: str, rows: list[Row]
+) -> bool:
+    """Swaps the innermost matches below ``module``, which is not swapped itself. Returns whether
+    anything below matched."""
     found = False
     for name, child in list(module._modules.items()):
-        if child is None or not child._modules or isinstance(child, (_Swapped, PackingModule, PConv)):
+        if (
+            child is None
+            or not child._modules
+            or isinstance(child, (_Swapped, PackingModule, PConv))
+        ):
             found |= isinstance(child, (_Swapped, PackingModule, PConv))
             continue
         where = (*path, name)
@@ -560,11 +655,13 @@ def _swap_below(module: nn.Module, path: tuple[str, ...], match, prove, kind: st
 def accelerate(model: nn.Module) -> nn.Module:
     """Swaps the FasterNet parts of ``model`` for fused modules, in place, and returns ``model``.
 
-    Same parameters (the same objects), same state_dict keys, same answers, in ``train()`` and ``eval()``; faster. Recognises the
-    blocks, stems and merging layers of timm's and the official FasterNet, of this package's models and of forks with the same
-    structure, and single partial convolutions elsewhere; a whole classification network also runs as one op in eval without
-    gradients. Each swap is proved numerically first, on a random float64 copy; what does not pass is left alone with the reason
-    in :func:`report`. Calling it again is harmless, and needed after replacing modules. :func:`restore` undoes it.
+    Same parameters (the same objects), same state_dict keys, same answers, in ``train()`` and
+    ``eval()``; faster. Recognises the blocks, stems and merging layers of timm's and the official
+    FasterNet, of this package's models and of forks with the same structure, and single partial
+    convolutions elsewhere; a whole classification network also runs as one op in eval without
+    gradients. Each swap is proved numerically first, on a random float64 copy; what does not pass
+    is left alone with the reason in :func:`report`. Calling it again is harmless, and needed after
+    replacing modules. :func:`restore` undoes it.
 
     Args:
         model: any module that holds such parts below it, on any device and of any dtype.
@@ -602,7 +699,8 @@ def _restore_forward(model: nn.Module) -> None:
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Puts the original modules back in place of those that :func:`accelerate` swapped, and returns ``model``.
+    """Puts the original modules back in place of those that :func:`accelerate` swapped, and returns
+    ``model``.
 
     Parameters, buffers and training modes stay as they are now.
 
@@ -622,5 +720,6 @@ def restore(model: nn.Module) -> nn.Module:
 
 
 def report(model: nn.Module) -> Report:
-    """What :func:`accelerate` swapped in ``model`` and what it refused, with the reasons; empty if it was never called."""
+    """What :func:`accelerate` swapped in ``model`` and what it refused, with the reasons; empty if
+    it was never called."""
     return model.__dict__.get("_fasternet_kernels_report", Report(()))

@@ -1,7 +1,8 @@
 """Loads the compiled CPU kernels, and says clearly when they are absent.
 
-``import fasternet_kernels`` never fails for want of the compiled library: it warns once with the reason and the ops run their
-plain PyTorch reference. The one exception is a wrong ``FASTERNET_KERNELS_ISA``, which is the user's explicit request.
+``import fasternet_kernels`` never fails for want of the compiled library: it warns once with the
+reason and the ops run their plain PyTorch reference. The one exception is a wrong
+``FASTERNET_KERNELS_ISA``, which is the user's explicit request.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ _PATH = pathlib.Path(__file__).with_name("_C.so")
 class Status:
     """State of the compiled library.
 
-    loaded: whether its kernels are registered with torch. path: the file, if it exists. reason: why it is not loaded.
-    isa: the instruction set in use. available_isas: those this machine could use, slowest first. compiler: what built it.
+    loaded: whether its kernels are registered with torch. path: the file, if it exists. reason: why
+        it is not loaded.
+    isa: the instruction set in use. available_isas: those this machine could use, slowest first.
+        compiler: what built it.
     """
 
     loaded: bool
@@ -41,10 +44,12 @@ def status() -> Status:
 
 
 def load() -> Status:
-    """Loads the compiled library beside this file and registers its kernels; warns if it cannot. Later calls do nothing.
+    """Loads the compiled library beside this file and registers its kernels; warns if it cannot.
+    Later calls do nothing.
 
     Raises:
-        RuntimeError: ``FASTERNET_KERNELS_ISA`` names an instruction set that is unknown or that this machine lacks.
+        RuntimeError: ``FASTERNET_KERNELS_ISA`` names an instruction set that is unknown or that
+            this machine lacks.
     """
     global _status
     if _status is not None:
@@ -52,7 +57,9 @@ def load() -> Status:
     _status = _load()
     if not _status.loaded:
         warnings.warn(
-            f"fasternet_kernels runs its slow PyTorch reference on CPU: {_status.reason}", RuntimeWarning, stacklevel=3
+            f"fasternet_kernels runs its slow PyTorch reference on CPU: {_status.reason}",
+            RuntimeWarning,
+            stacklevel=3,
         )
     return _status
 
@@ -60,19 +67,28 @@ def load() -> Status:
 def _load() -> Status:
     path = str(_PATH)
     if not _PATH.exists():
-        return Status(loaded=False, reason=f"the compiled library {path} does not exist; build it with pip install .")
+        return Status(
+            loaded=False,
+            reason=f"the compiled library {path} does not exist; build it with pip install .",
+        )
     try:
         torch.ops.load_library(path)
         build = ctypes.CDLL(path).fasternet_kernels_build
     except (OSError, AttributeError) as error:
-        return Status(loaded=False, path=path, reason=f"the compiled library {path} cannot be loaded: {error}")
+        return Status(
+            loaded=False, path=path, reason=f"the compiled library {path} cannot be loaded: {error}"
+        )
     build.restype = ctypes.c_char_p
     text = build().decode()
     if text.startswith("!"):
         raise RuntimeError(text[1:])
     isa, available, compiler = text.split(";")
     return Status(
-        loaded=True, path=path, isa=isa, available_isas=tuple(available.split(",")), compiler=compiler
+        loaded=True,
+        path=path,
+        isa=isa,
+        available_isas=tuple(available.split(",")),
+        compiler=compiler,
     )
 
 

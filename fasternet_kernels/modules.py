@@ -1,14 +1,16 @@
-"""Fused modules: PConv, PConvPW and the FasterNet block, with ordinary parameters and the fused ops as their forward.
+"""Fused modules: PConv, PConvPW and the FasterNet block, with ordinary parameters and the fused ops
+as their forward.
 
-A module holds plain ``nn.Conv2d`` and ``nn.BatchNorm2d`` children, so state_dicts, optimizers and converters see what they know.
-What runs depends on the call:
+A module holds plain ``nn.Conv2d`` and ``nn.BatchNorm2d`` children, so state_dicts, optimizers and
+converters see what they know. What runs depends on the call:
 
-* batch statistics wanted (training): ``pw_stats``, the running statistics as ``nn.BatchNorm2d`` updates them, then
-  ``bn_act`` or ``act_pw_residual``;
+* batch statistics wanted (training): ``pw_stats``, the running statistics as ``nn.BatchNorm2d``
+  updates them, then ``bn_act`` or ``act_pw_residual``;
 * running statistics, gradients on: the op on raw weights, with gradients for everything;
-* running statistics, gradients off: the op on packed weights. The pack is kept between calls, and dropped by ``train()``, by a
-  call with gradients on, by ``.to()`` and its kin and by ``load_state_dict``. Each call compares address and version of every
-  parameter and buffer with the pack's, so only an edit through ``.data``, which PyTorch itself does not count, needs
+* running statistics, gradients off: the op on packed weights. The pack is kept between calls, and
+  dropped by ``train()``, by a call with gradients on, by ``.to()`` and its kin and by
+  ``load_state_dict``. Each call compares address and version of every parameter and buffer with the
+  pack's, so only an edit through ``.data``, which PyTorch itself does not count, needs
   :func:`repack`. Under ``torch.compile`` and ``torch.export`` packing is part of the graph.
 """
 
@@ -39,15 +41,18 @@ class BlockParts(NamedTuple):
     drop_path: nn.Module | None
 
 
-# ---- Batch norm as vectors ----------------------------------------------------------------------------------------------
+# ---- Batch norm as vectors -----------------------------------------------------------------------
 
 
 def _uses_batch_statistics(norm: nn.Module | None) -> bool:
     return isinstance(norm, _NORMS) and (norm.training or norm.running_mean is None)
 
 
-def _scale_and_shift(norm: nn.Module | None, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """The batch norm with running statistics, after a convolution's bias, as (scale, shift) vectors of ``dtype``."""
+def _scale_and_shift(
+    norm: nn.Module | None, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """The batch norm with running statistics, after a convolution's bias, as (scale, shift) vectors
+    of ``dtype``."""
     if not isinstance(norm, _NORMS):
         return None, None if bias is None else bias.to(dtype)
     scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
@@ -62,19 +67,25 @@ def _scale_and_shift(norm: nn.Module | None, bias: Tensor | None, dtype: torch.d
     return scale, shift
 
 
-def _folded(norm: nn.Module | None, bias: Tensor | None, weight: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _folded(
+    norm: nn.Module | None, bias: Tensor | None, weight: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
     """The same for packing: computed in float64, rounded once."""
     scale, shift = _scale_and_shift(norm, bias, torch.float64)
     dtype = compute_dtype(weight.dtype)
     return None if scale is None else scale.to(dtype), None if shift is None else shift.to(dtype)
 
 
-def _batch_scale_and_shift(norm: nn.Module, z: Tensor, mean: Tensor, m2: Tensor) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of ``(z - mean) * scale + shift`` from batch statistics; updates the running ones as nn.BatchNorm2d does."""
+def _batch_scale_and_shift(
+    norm: nn.Module, z: Tensor, mean: Tensor, m2: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of ``(z - mean) * scale + shift`` from batch statistics; updates the running
+    ones as nn.BatchNorm2d does."""
     count = z.shape[0] * z.shape[2] * z.shape[3]
     if count <= 1:
         raise ValueError(
-            f"batch statistics need more than 1 value per channel, got z of shape {tuple(z.shape)}; call eval() first?"
+            "batch statistics need more than 1 value per channel, "
+            f"got a hidden tensor of shape {tuple(z.shape)}; call eval() for a single value"
         )
     if norm.training and norm.running_mean is not None:
         with torch.no_grad():
@@ -96,7 +107,8 @@ def _needs_process_group(norm: nn.Module | None) -> bool:
 
 
 def _hooked(*modules: nn.Module | None) -> bool:
-    """Whether calling one of the modules does more than its forward: the fused forward would skip that."""
+    """Whether calling one of the modules does more than its forward: the fused forward would skip
+    that."""
     return any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in modules)
 
 
@@ -119,15 +131,18 @@ def _check_input(x, channels: int, weight: Tensor) -> None:
 
 def _partial_channels(dim: int, n_div: int) -> int:
     if n_div < 1 or dim // n_div < 1:
-        raise ValueError(f"n_div is {n_div}, which leaves no channel of {dim} to convolve; expected 1 to {dim}")
+        raise ValueError(
+            f"n_div is {n_div}, which leaves no channel of {dim} to convolve; expected 1 to {dim}"
+        )
     return dim // n_div
 
 
-# ---- Packs ------------------------------------------------------------------------------------------------------------
+# ---- Packs ---------------------------------------------------------------------------------------
 
 
 def _identity_of(tensors: tuple[Tensor | None, ...]) -> tuple | None:
-    """What changes when one of the tensors is replaced or written; None if that cannot be told (inference tensors)."""
+    """What changes when one of the tensors is replaced or written; None if that cannot be told
+    (inference tensors)."""
     if any(t is not None and t.is_inference() for t in tensors):
         return None
     return tuple(None if t is None else (t.data_ptr(), t._version, t.dtype) for t in tensors)
@@ -143,7 +158,8 @@ class PackingModule(nn.Module):
         self.__dict__["_pack"] = None
 
     def packed(self, sources: tuple[Tensor | None, ...], weights, fold) -> Tensor:
-        """The pack of ``weights``; ``sources`` are all tensors it depends on, ``fold()`` gives (scales, shifts)."""
+        """The pack of ``weights``; ``sources`` are all tensors it depends on, ``fold()`` gives
+        (scales, shifts)."""
         if torch.compiler.is_compiling():
             return _ops.pack(weights, *fold())
         identity = _identity_of(sources)
@@ -177,7 +193,8 @@ def _norm_tensors(norm: nn.Module | None) -> tuple[Tensor | None, ...]:
 
 
 def repack(model: nn.Module) -> nn.Module:
-    """Makes every fused module under ``model`` pack its weights anew at its next call; returns ``model``.
+    """Makes every fused module under ``model`` pack its weights anew at its next call; returns
+    ``model``.
 
     Needed only after edits through ``.data``, which leave no trace in a tensor's version counter.
     """
@@ -190,11 +207,12 @@ def repack(model: nn.Module) -> nn.Module:
     return model
 
 
-# ---- Modules ------------------------------------------------------------------------------------------------------------
+# ---- Modules -------------------------------------------------------------------------------------
 
 
 class PConv(nn.Module):
-    """Partial convolution (arXiv 2303.03667, section 3.2): 3x3 on the first ``dim // n_div`` channels, the rest untouched.
+    """Partial convolution (arXiv 2303.03667, section 3.2): 3x3 on the first ``dim // n_div``
+    channels, the rest untouched.
 
     Args:
         dim: channels C of the input.
@@ -203,7 +221,8 @@ class PConv(nn.Module):
     Shape: (B, C, H, W) to (B, C, H, W), same dtype and memory format.
 
     Raises:
-        ValueError: n_div leaves no channel to convolve. In forward: as :func:`fasternet_kernels.pconv3x3`.
+        ValueError: n_div leaves no channel to convolve. In forward: as
+            :func:`fasternet_kernels.pconv3x3`.
     """
 
     def __init__(self, dim: int, n_div: int = 4, device=None, dtype=None):
@@ -219,7 +238,8 @@ class PConv(nn.Module):
 
 
 class PConvPW(PackingModule):
-    """Partial convolution, 1x1 convolution, BatchNorm and activation in one pass (arXiv 2303.03667, section 3.3).
+    """Partial convolution, 1x1 convolution, BatchNorm and activation in one pass (arXiv 2303.03667,
+    section 3.3).
 
     Args:
         dim: channels C of the input.
@@ -227,14 +247,24 @@ class PConvPW(PackingModule):
         n_div: C_partial = dim // n_div channels are convolved 3x3.
         act: relu, gelu (erf), gelu_tanh, silu, hardswish or identity.
 
-    Shape: (B, C, H, W) to (B, out_channels, H, W), same dtype (autocast's under autocast) and memory format.
+    Shape: (B, C, H, W) to (B, out_channels, H, W), same dtype (autocast's under autocast) and
+        memory format.
 
     Raises:
-        ValueError: n_div leaves no channel to convolve; act is unknown; x does not fit; batch statistics of a single value.
+        ValueError: n_div leaves no channel to convolve; act is unknown; x does not fit; batch
+            statistics of a single value.
         TypeError: x is no tensor or of another dtype than the parameters.
     """
 
-    def __init__(self, dim: int, out_channels: int, n_div: int = 4, act: str = "relu", device=None, dtype=None):
+    def __init__(
+        self,
+        dim: int,
+        out_channels: int,
+        n_div: int = 4,
+        act: str = "relu",
+        device=None,
+        dtype=None,
+    ):
         super().__init__()
         ops.check_act(act)
         factory = {"device": device, "dtype": dtype}
@@ -264,14 +294,17 @@ class PConvPW(PackingModule):
             scale, shift = _folded(norm, None, pw.weight)
             return [None, scale], [None, shift]
 
-        pack = self.packed((partial.weight, pw.weight, *_norm_tensors(norm)), [partial.weight, pw.weight], fold)
+        pack = self.packed(
+            (partial.weight, pw.weight, *_norm_tensors(norm)), [partial.weight, pw.weight], fold
+        )
         cast = _autocast_dtype(x)
         x = x if cast is None else x.to(cast)
         return _ops.pconv_pw_packed(x, pack, partial.out_channels, pw.out_channels, self.act)
 
 
 class FusedBlock(PackingModule):
-    """The forward of a FasterNet block over parts that a subclass names; see :class:`FasterNetBlock`."""
+    """The forward of a FasterNet block over parts that a subclass names; see
+    :class:`FasterNetBlock`."""
 
     def parts(self) -> BlockParts:
         """Where the block's pieces are."""
@@ -289,12 +322,16 @@ class FusedBlock(PackingModule):
         return x + (branch if p.drop_path is None else p.drop_path(branch))
 
     def fits(self, p: BlockParts) -> bool:
-        """Whether the fused ops do all that calling the parts would: no hooks, no other module in a part's place."""
+        """Whether the fused ops do all that calling the parts would: no hooks, no other module in a
+        part's place."""
         convs = type(p.partial) is type(p.pw1) is type(p.pw2) is nn.Conv2d
         norm = p.norm is None or type(p.norm) in (*_NORMS, nn.Identity)
         if not (convs and norm) or _hooked(p.partial, p.pw1, p.norm, p.pw2, p.drop_path):
             return False
-        return not (_uses_batch_statistics(p.norm) and (p.pw1.bias is not None or _needs_process_group(p.norm)))
+        return not (
+            _uses_batch_statistics(p.norm)
+            and (p.pw1.bias is not None or _needs_process_group(p.norm))
+        )
 
     def block_pack(self, p: BlockParts) -> Tensor:
         """The pack for the packed ops: see ``pack`` in :mod:`fasternet_kernels.ops`."""
@@ -307,7 +344,9 @@ class FusedBlock(PackingModule):
             return [None, scale, layer], [None, shift, None]
 
         weights = [p.partial.weight, p.pw1.weight, p.pw2.weight]
-        return self.packed((*weights, p.pw1.bias, p.layer_scale, *_norm_tensors(p.norm)), weights, fold)
+        return self.packed(
+            (*weights, p.pw1.bias, p.layer_scale, *_norm_tensors(p.norm)), weights, fold
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.parts()
@@ -315,16 +354,24 @@ class FusedBlock(PackingModule):
             return self.unfused(x)
         _check_input(x, p.pw1.in_channels, p.pw1.weight)
         sample_scale = None
-        if p.drop_path is not None and p.drop_path.training and type(p.drop_path) is not nn.Identity:
+        if (
+            p.drop_path is not None
+            and p.drop_path.training
+            and type(p.drop_path) is not nn.Identity
+        ):
             # The user's own module draws the samples: same distribution, same random numbers.
             ones = torch.ones((x.shape[0], 1, 1, 1), dtype=compute_dtype(x.dtype), device=x.device)
             sample_scale = p.drop_path(ones).reshape(-1)
         layer_scale = None if p.layer_scale is None else p.layer_scale.reshape(-1)
         if _uses_batch_statistics(p.norm):
-            w_partial, w_pw1, w_pw2 = ops.autocast_weights(x, p.partial.weight, p.pw1.weight, p.pw2.weight)
+            w_partial, w_pw1, w_pw2 = ops.autocast_weights(
+                x, p.partial.weight, p.pw1.weight, p.pw2.weight
+            )
             z, mean, m2 = _ops.pw_stats(x, w_partial, w_pw1)
             scale, shift = _batch_scale_and_shift(p.norm, z, mean, m2)
-            return _ops.act_pw_residual(x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, p.act)
+            return _ops.act_pw_residual(
+                x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, p.act
+            )
         if torch.is_grad_enabled():
             self.drop_pack()
             scale, shift = _scale_and_shift(p.norm, p.pw1.bias, compute_dtype(p.pw1.weight.dtype))
@@ -340,13 +387,16 @@ class FusedBlock(PackingModule):
                 sample_scale=sample_scale,
             )
         pack = self.block_pack(p)
-        return _ops.block_packed(x, pack, p.partial.out_channels, p.pw1.out_channels, sample_scale, p.act)
+        return _ops.block_packed(
+            x, pack, p.partial.out_channels, p.pw1.out_channels, sample_scale, p.act
+        )
 
 
 class FasterNetBlock(FusedBlock):
     """The FasterNet block (arXiv 2303.03667, section 3.3 and Figure 4) as one fused op.
 
-    ``x + drop_path(layer_scale * conv1x1(act(batch_norm(conv1x1(pconv(x))))))``, with timm's state_dict keys.
+    ``x + drop_path(layer_scale * conv1x1(act(batch_norm(conv1x1(pconv(x))))))``, with timm's
+    state_dict keys.
 
     Args:
         dim: channels C.
@@ -359,7 +409,8 @@ class FasterNetBlock(FusedBlock):
     Shape: (B, C, H, W) to (B, C, H, W), same dtype and memory format.
 
     Raises:
-        ValueError: n_div leaves no channel to convolve; act is unknown; x does not fit; batch statistics of a single value.
+        ValueError: n_div leaves no channel to convolve; act is unknown; x does not fit; batch
+            statistics of a single value.
         TypeError: x is no tensor or of another dtype than the parameters.
     """
 
@@ -394,21 +445,35 @@ class FasterNetBlock(FusedBlock):
     def parts(self) -> BlockParts:
         pw1, norm, _, pw2 = self.mlp
         return BlockParts(
-            self.spatial_mixing.partial_conv3, pw1, norm, self.act, pw2, self.layer_scale, self.drop_path
+            self.spatial_mixing.partial_conv3,
+            pw1,
+            norm,
+            self.act,
+            pw2,
+            self.layer_scale,
+            self.drop_path,
         )
 
 
 def act_name(module: nn.Module) -> str | None:
-    """The name of the activation that ``module`` computes, or None if it is none that the kernels know."""
+    """The name of the activation that ``module`` computes, or None if it is none that the kernels
+    know."""
     if type(module) is nn.GELU:
         return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return {nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.Identity: "identity"}.get(type(module))
+    return {
+        nn.ReLU: "relu",
+        nn.SiLU: "silu",
+        nn.Hardswish: "hardswish",
+        nn.Identity: "identity",
+    }.get(type(module))
 
 
 class FusedPatchConv(PackingModule):
-    """A convolution whose stride is its kernel, with BatchNorm: the stem and the merging layers. Emits channels_last.
+    """A convolution whose stride is its kernel, with BatchNorm: the stem and the merging layers.
+    Emits channels_last.
 
-    Inference without gradients is one op on packed weights; otherwise convolution and norm run as they are.
+    Inference without gradients is one op on packed weights; otherwise convolution and norm run as
+    they are.
     """
 
     def parts(self) -> tuple[nn.Conv2d, nn.Module | None]:

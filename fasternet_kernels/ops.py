@@ -1,27 +1,32 @@
 """The ops of FasterNet as torch custom ops, and the public functions in front of them.
 
-``torch.ops.fasternet_kernels.*`` is the one registry. This file defines every schema, its fake (shapes, dtypes and strides
-without data), its autograd formula and its FLOP count, and registers :mod:`fasternet_kernels.reference` as the implementation
-for every device; compiled kernels override that per device (CPU: ``python/bind_torch.cpp``). Backward passes are ops too.
+``torch.ops.fasternet_kernels.*`` is the one registry. This file defines every schema, its fake
+(shapes, dtypes and strides without data), its autograd formula and its FLOP count, and registers
+:mod:`fasternet_kernels.reference` as the implementation for every device; compiled kernels override
+that per device (CPU: ``python/bind_torch.cpp``). Backward passes are ops too.
 
-Notation: ``x`` (B, C, H, W); ``C_partial`` is the number of first channels that are convolved; ``C_hidden`` is the block's inner
-width. With ``u = x`` whose first ``C_partial`` channels are replaced by their 3x3 convolution (stride 1, zero padding 1, no bias):
+Notation: ``x`` (B, C, H, W); ``C_partial`` is the number of first channels that are convolved;
+``C_hidden`` is the block's inner width. With ``u = x`` whose first ``C_partial`` channels are
+replaced by their 3x3 convolution (stride 1, zero padding 1, no bias):
 
-===================  ======================================================================================================
+===================  =============================================================================
 pconv3x3             ``u`` (arXiv 2303.03667, section 3.2)
 pconv_pw             ``act(conv1x1(u, w_pw) * scale + shift)``
-block                ``x + sample_scale * layer_scale * conv1x1(act(conv1x1(u, w_pw1) * scale + shift), w_pw2)`` (section 3.3)
-patch_conv           ``conv(x, weight, stride = kernel) * scale + shift``: the stem and the merging layers
+block                ``x + sample_scale * layer_scale * conv1x1(a, w_pw2)`` with
+                     ``a = act(conv1x1(u, w_pw1) * scale + shift)`` (section 3.3)
+patch_conv           ``conv(x, weight, stride = kernel) * scale + shift``: stem and merging layers
 head                 ``fc(act(conv1x1(mean(x))))``
-pack, *_packed       the same on one flat tensor of packed weights with scale, shift and layer_scale folded in; inference only
+pack, *_packed       the same on one flat tensor of packed weights, scale, shift and layer_scale
+                     folded in; inference only
 network              a list of such steps as one op; inference only
-pw_stats             ``z = conv1x1(u, w_pw)`` with the mean and the sum of squared deviations of each channel of ``z``
+pw_stats             ``z = conv1x1(u, w_pw)`` with the mean and the sum of squared deviations of
+                     each channel of ``z``
 bn_act               ``act((z - mean) * scale + shift)``
 act_pw_residual      ``x + sample_scale * layer_scale * conv1x1(bn_act(z), w_pw2)``
-===================  ======================================================================================================
+===================  =============================================================================
 
-Training is ``pw_stats``, then the batch norm's vectors in plain torch (where statistics of several processes can be combined),
-then ``bn_act`` or ``act_pw_residual``.
+Training is ``pw_stats``, then the batch norm's vectors in plain torch (where statistics of several
+processes can be combined), then ``bn_act`` or ``act_pw_residual``.
 """
 
 from __future__ import annotations
@@ -36,58 +41,76 @@ from .reference import ACTS, EMIT, HEAD, PATCH_CONV, compute_dtype, memory_forma
 NAMESPACE = "fasternet_kernels"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_BLOCK_TAIL = "Tensor? layer_scale, Tensor? sample_scale, str act"
 SCHEMAS = {
     "pconv3x3": "(Tensor x, Tensor weight, bool fast=False) -> Tensor",
     "pconv3x3_": "(Tensor(a!) x, Tensor weight) -> ()",
-    "pconv3x3_backward": "(Tensor grad, Tensor x_partial, Tensor weight, bool[] output_mask) -> (Tensor, Tensor)",
+    "pconv3x3_backward": (
+        "(Tensor grad, Tensor x_partial, Tensor weight, bool[] output_mask) -> (Tensor, Tensor)"
+    ),
     "pack": "(Tensor[] weights, Tensor?[] scales, Tensor?[] shifts) -> Tensor",
-    "pconv_pw": "(Tensor x, Tensor w_partial, Tensor w_pw, Tensor? scale, Tensor? shift, str act, bool fast=False) -> Tensor",
-    "pconv_pw_packed": "(Tensor x, Tensor pack, int c_partial, int c_out, str act, bool fast=False) -> Tensor",
+    "pconv_pw": (
+        "(Tensor x, Tensor w_partial, Tensor w_pw, Tensor? scale, Tensor? shift, str act, "
+        "bool fast=False) -> Tensor"
+    ),
+    "pconv_pw_packed": (
+        "(Tensor x, Tensor pack, int c_partial, int c_out, str act, bool fast=False) -> Tensor"
+    ),
     "pconv_pw_backward": (
-        "(Tensor grad, Tensor x, Tensor w_partial, Tensor w_pw, Tensor? scale, Tensor? shift, str act, bool[] output_mask)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor grad, Tensor x, Tensor w_partial, Tensor w_pw, Tensor? scale, Tensor? shift, "
+        "str act, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "block": (
-        "(Tensor x, Tensor w_partial, Tensor w_pw1, Tensor w_pw2, Tensor? scale, Tensor? shift, "
-        f"{_BLOCK_TAIL}, bool fast=False) -> Tensor"
+        "(Tensor x, Tensor w_partial, Tensor w_pw1, Tensor w_pw2, Tensor? scale, Tensor? "
+        "shift, Tensor? layer_scale, Tensor? sample_scale, str act, bool fast=False)"
+        " -> Tensor"
     ),
     "block_packed": (
-        "(Tensor x, Tensor pack, int c_partial, int c_hidden, Tensor? sample_scale, str act, bool fast=False) -> Tensor"
+        "(Tensor x, Tensor pack, int c_partial, int c_hidden, Tensor? sample_scale, str act, "
+        "bool fast=False) -> Tensor"
     ),
     "block_backward": (
-        "(Tensor grad, Tensor x, Tensor w_partial, Tensor w_pw1, Tensor w_pw2, Tensor? scale, Tensor? shift, "
-        f"{_BLOCK_TAIL}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor grad, Tensor x, Tensor w_partial, Tensor w_pw1, Tensor w_pw2, Tensor? scale, "
+        "Tensor? shift, Tensor? layer_scale, Tensor? sample_scale, str act, bool[] "
+        "output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
-    "patch_conv": "(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool channels_last=False) -> Tensor",
-    "patch_conv_packed": "(Tensor x, Tensor pack, int c_out, int kh, int kw, bool channels_last=False) -> Tensor",
+    "patch_conv": (
+        "(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool channels_last=False)"
+        " -> Tensor"
+    ),
+    "patch_conv_packed": (
+        "(Tensor x, Tensor pack, int c_out, int kh, int kw, bool channels_last=False) -> Tensor"
+    ),
     "patch_conv_backward": (
-        "(Tensor grad, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool[] output_mask)"
-        " -> (Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor grad, Tensor x, Tensor weight, Tensor? scale, Tensor? shift, bool[] "
+        "output_mask) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
-    "head": "(Tensor x, Tensor w_conv, Tensor? b_conv, Tensor w_fc, Tensor? b_fc, str act) -> Tensor",
+    "head": (
+        "(Tensor x, Tensor w_conv, Tensor? b_conv, Tensor w_fc, Tensor? b_fc, str act) -> Tensor"
+    ),
     "head_packed": "(Tensor x, Tensor pack, int c_mid, int c_out, str act) -> Tensor",
     "head_backward": (
-        "(Tensor grad, Tensor x, Tensor w_conv, Tensor? b_conv, Tensor w_fc, Tensor? b_fc, str act, bool[] output_mask)"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor grad, Tensor x, Tensor w_conv, Tensor? b_conv, Tensor w_fc, Tensor? b_fc, "
+        "str act, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "network": "(Tensor x, Tensor[] packs, int[] plan, bool fast=False) -> Tensor[]",
     "pw_stats": "(Tensor x, Tensor w_partial, Tensor w_pw) -> (Tensor, Tensor, Tensor)",
     "pw_stats_backward": (
-        "(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z, Tensor mean, Tensor w_partial, Tensor w_pw, "
-        "bool[] output_mask) -> (Tensor, Tensor, Tensor)"
+        "(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z, Tensor mean, Tensor "
+        "w_partial, Tensor w_pw, bool[] output_mask) -> (Tensor, Tensor, Tensor)"
     ),
     "bn_act": "(Tensor z, Tensor mean, Tensor scale, Tensor shift, str act) -> Tensor",
     "bn_act_backward": (
-        "(Tensor grad, Tensor z, Tensor mean, Tensor scale, Tensor shift, str act, bool[] output_mask)"
-        " -> (Tensor, Tensor, Tensor, Tensor)"
+        "(Tensor grad, Tensor z, Tensor mean, Tensor scale, Tensor shift, str act, bool[] "
+        "output_mask) -> (Tensor, Tensor, Tensor, Tensor)"
     ),
     "act_pw_residual": (
-        f"(Tensor x, Tensor z, Tensor mean, Tensor scale, Tensor shift, Tensor w_pw2, {_BLOCK_TAIL}) -> Tensor"
+        "(Tensor x, Tensor z, Tensor mean, Tensor scale, Tensor shift, Tensor w_pw2, Tensor? "
+        "layer_scale, Tensor? sample_scale, str act) -> Tensor"
     ),
     "act_pw_residual_backward": (
         "(Tensor grad, Tensor z, Tensor mean, Tensor scale, Tensor shift, Tensor w_pw2, "
-        f"{_BLOCK_TAIL}, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        "Tensor? layer_scale, Tensor? sample_scale, str act, bool[] output_mask)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -98,15 +121,19 @@ for _name, _schema in SCHEMAS.items():
 _ops = getattr(torch.ops, NAMESPACE)
 
 
-# ---- Fakes ------------------------------------------------------------------------------------------------------------
+# ---- Fakes ---------------------------------------------------------------------------------------
 
 
 def _fake(name):
     return torch.library.register_fake(f"{NAMESPACE}::{name}", lib=_library)
 
 
-def _image(like: Tensor, shape, dtype: torch.dtype, fmt: torch.memory_format | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=fmt or memory_format(like))
+def _image(
+    like: Tensor, shape, dtype: torch.dtype, fmt: torch.memory_format | None = None
+) -> Tensor:
+    return torch.empty(
+        shape, dtype=dtype, device=like.device, memory_format=fmt or memory_format(like)
+    )
 
 
 def _same(x: Tensor) -> Tensor:
@@ -115,12 +142,19 @@ def _same(x: Tensor) -> Tensor:
 
 def _wanted(mask, *grads) -> tuple[Tensor, ...]:
     """The fake gradients that output_mask asks for; the others are empty."""
-    return tuple(g() if need else torch.empty(0, dtype=like.dtype, device=like.device) for need, (g, like) in zip(mask, grads))
+    return tuple(
+        g() if need else torch.empty(0, dtype=like.dtype, device=like.device)
+        for need, (g, like) in zip(mask, grads)
+    )
 
 
 def _grad(t: Tensor | None, like: Tensor, image: bool = False):
     """A pair (maker of the fake gradient of ``t``, tensor whose dtype an empty one has)."""
-    make = (lambda: _same(t)) if image else (lambda: torch.empty(t.shape, dtype=t.dtype, device=t.device))
+    make = (
+        (lambda: _same(t))
+        if image
+        else (lambda: torch.empty(t.shape, dtype=t.dtype, device=t.device))
+    )
     return make, like
 
 
@@ -158,7 +192,11 @@ def _(x, pack, c_partial, c_out, act, fast=False):
 
 @_fake("pconv_pw_backward")
 def _(grad, x, w_partial, w_pw, scale, shift, act, output_mask):
-    return _wanted(output_mask, _grad(x, grad, image=True), *(_grad(t, grad) for t in (w_partial, w_pw, scale, shift)))
+    return _wanted(
+        output_mask,
+        _grad(x, grad, image=True),
+        *(_grad(t, grad) for t in (w_partial, w_pw, scale, shift)),
+    )
 
 
 @_fake("block")
@@ -184,7 +222,9 @@ def _patches(x, c_out, kh, kw, dtype, channels_last):
 
 @_fake("patch_conv")
 def _(x, weight, scale, shift, channels_last=False):
-    return _patches(x, weight.shape[0], weight.shape[2], weight.shape[3], weight.dtype, channels_last)
+    return _patches(
+        x, weight.shape[0], weight.shape[2], weight.shape[3], weight.dtype, channels_last
+    )
 
 
 @_fake("patch_conv_packed")
@@ -194,7 +234,9 @@ def _(x, pack, c_out, kh, kw, channels_last=False):
 
 @_fake("patch_conv_backward")
 def _(grad, x, weight, scale, shift, output_mask):
-    return _wanted(output_mask, _grad(x, grad, image=True), *(_grad(t, grad) for t in (weight, scale, shift)))
+    return _wanted(
+        output_mask, _grad(x, grad, image=True), *(_grad(t, grad) for t in (weight, scale, shift))
+    )
 
 
 @_fake("head")
@@ -209,7 +251,11 @@ def _(x, pack, c_mid, c_out, act):
 
 @_fake("head_backward")
 def _(grad, x, w_conv, b_conv, w_fc, b_fc, act, output_mask):
-    return _wanted(output_mask, _grad(x, grad, image=True), *(_grad(t, grad) for t in (w_conv, b_conv, w_fc, b_fc)))
+    return _wanted(
+        output_mask,
+        _grad(x, grad, image=True),
+        *(_grad(t, grad) for t in (w_conv, b_conv, w_fc, b_fc)),
+    )
 
 
 @_fake("network")
@@ -246,7 +292,9 @@ def _(z, mean, scale, shift, act):
 
 @_fake("bn_act_backward")
 def _(grad, z, mean, scale, shift, act, output_mask):
-    return _wanted(output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in (mean, scale, shift)))
+    return _wanted(
+        output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in (mean, scale, shift))
+    )
 
 
 @_fake("act_pw_residual")
@@ -260,13 +308,15 @@ def _(grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output
     return _wanted(output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in vectors))
 
 
-# ---- Autograd ---------------------------------------------------------------------------------------------------------
+# ---- Autograd ------------------------------------------------------------------------------------
 
 
 def _differentiable(name: str, saved: int, backward):
-    """Registers the gradient of an op whose first ``saved`` arguments are tensors (or None) and are saved.
+    """Registers the gradient of an op whose first ``saved`` arguments are tensors (or None) and are
+    saved.
 
-    ``backward(grads, saved tensors, the other arguments, mask)`` returns a gradient for each saved argument.
+    ``backward(grads, saved tensors, the other arguments, mask)`` returns a gradient for each saved
+    argument.
     """
 
     def setup_context(ctx, inputs, output):
@@ -279,7 +329,9 @@ def _differentiable(name: str, saved: int, backward):
         results = [g if need else None for g, need in zip(results, mask)]
         return (*results, *([None] * len(ctx.others)))
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", run, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", run, setup_context=setup_context, lib=_library
+    )
 
 
 def _not_differentiable(name: str, reason: str):
@@ -291,7 +343,9 @@ def _not_differentiable(name: str, reason: str):
     def run(ctx, *grads):
         raise RuntimeError(f"fasternet_kernels.{name}: {reason}")
 
-    torch.library.register_autograd(f"{NAMESPACE}::{name}", run, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", run, setup_context=setup_context, lib=_library
+    )
 
 
 def _pconv3x3_setup(ctx, inputs, output):
@@ -323,13 +377,27 @@ def _pw_stats_gradient(ctx, dz, dmean, dm2):
     return tuple(g if need else None for g, need in zip(grads, mask))
 
 
-torch.library.register_autograd(f"{NAMESPACE}::pw_stats", _pw_stats_gradient, setup_context=_pw_stats_setup, lib=_library)
+torch.library.register_autograd(
+    f"{NAMESPACE}::pw_stats", _pw_stats_gradient, setup_context=_pw_stats_setup, lib=_library
+)
 
-_differentiable("pconv_pw", 5, lambda g, saved, others, mask: _ops.pconv_pw_backward(*g, *saved, others[0], mask))
-_differentiable("block", 8, lambda g, saved, others, mask: _ops.block_backward(*g, *saved, others[0], mask))
-_differentiable("patch_conv", 4, lambda g, saved, others, mask: _ops.patch_conv_backward(*g, *saved, mask))
-_differentiable("head", 5, lambda g, saved, others, mask: _ops.head_backward(*g, *saved, others[0], mask))
-_differentiable("bn_act", 4, lambda g, saved, others, mask: _ops.bn_act_backward(*g, *saved, others[0], mask))
+_differentiable(
+    "pconv_pw",
+    5,
+    lambda g, saved, others, mask: _ops.pconv_pw_backward(*g, *saved, others[0], mask),
+)
+_differentiable(
+    "block", 8, lambda g, saved, others, mask: _ops.block_backward(*g, *saved, others[0], mask)
+)
+_differentiable(
+    "patch_conv", 4, lambda g, saved, others, mask: _ops.patch_conv_backward(*g, *saved, mask)
+)
+_differentiable(
+    "head", 5, lambda g, saved, others, mask: _ops.head_backward(*g, *saved, others[0], mask)
+)
+_differentiable(
+    "bn_act", 4, lambda g, saved, others, mask: _ops.bn_act_backward(*g, *saved, others[0], mask)
+)
 
 
 def _act_pw_residual_setup(ctx, inputs, output):
@@ -340,24 +408,40 @@ def _act_pw_residual_setup(ctx, inputs, output):
 
 def _act_pw_residual_gradient(ctx, grad):
     need_x, *mask = (bool(need) for need in ctx.needs_input_grad[:8])
-    grads = _ops.act_pw_residual_backward(grad, *ctx.saved_tensors, ctx.act, mask) if any(mask) else [None] * 7
+    grads = (
+        _ops.act_pw_residual_backward(grad, *ctx.saved_tensors, ctx.act, mask)
+        if any(mask)
+        else [None] * 7
+    )
     dx = grad.to(ctx.x_dtype) if need_x else None
     return (dx, *(g if need else None for g, need in zip(grads, mask)), None)
 
 
 torch.library.register_autograd(
-    f"{NAMESPACE}::act_pw_residual", _act_pw_residual_gradient, setup_context=_act_pw_residual_setup, lib=_library
+    f"{NAMESPACE}::act_pw_residual",
+    _act_pw_residual_gradient,
+    setup_context=_act_pw_residual_setup,
+    lib=_library,
 )
 
-_PACKED = "packed weights carry no gradient; call it under torch.no_grad(), or use the op on raw weights"
-for _name in ("pack", "pconv_pw_packed", "block_packed", "patch_conv_packed", "head_packed", "network"):
+_PACKED = (
+    "packed weights carry no gradient; call it under torch.no_grad(), or use the op on raw weights"
+)
+for _name in (
+    "pack",
+    "pconv_pw_packed",
+    "block_packed",
+    "patch_conv_packed",
+    "head_packed",
+    "network",
+):
     _not_differentiable(_name, _PACKED)
 for _name in SCHEMAS:
     if _name.endswith("_backward"):
         _not_differentiable(_name, "second derivatives are not supported")
 
 
-# ---- FLOPs (two per multiply-add, convolutions only, as torch counts them) ----------------------------------------------
+# ---- FLOPs (two per multiply-add, convolutions only, as torch counts them) -----------------------
 
 
 def _flops(name):
@@ -405,11 +489,17 @@ def _(x, pack, c_partial, c_out, *args, out_shape=None, **kwargs) -> int:
 def _pconv_pw_gradients(x, w_partial, w_pw, need_x, need_partial, need_pw) -> int:
     """The FLOPs of the gradient of conv1x1(pconv(x)), without recomputing it."""
     pw, partial = w_pw[0] * x[1], 9 * w_partial[0] ** 2
-    return 2 * _pixels(x) * (pw * ((need_x or need_partial) + need_pw) + partial * (need_x + need_partial))
+    return (
+        2
+        * _pixels(x)
+        * (pw * ((need_x or need_partial) + need_pw) + partial * (need_x + need_partial))
+    )
 
 
 @_flops("pconv_pw_backward")
-def _(grad, x, w_partial, w_pw, scale, shift, act, output_mask, *args, out_shape=None, **kwargs) -> int:
+def _(
+    grad, x, w_partial, w_pw, scale, shift, act, output_mask, *args, out_shape=None, **kwargs
+) -> int:
     forward = _pconv_pw_flops(x, w_partial[0], w_pw[0])
     return forward + _pconv_pw_gradients(x, w_partial, w_pw, *output_mask[:3])
 
@@ -430,12 +520,29 @@ def _(x, pack, c_partial, c_hidden, *args, out_shape=None, **kwargs) -> int:
 
 @_flops("block_backward")
 def _(
-    grad, x, w_partial, w_pw1, w_pw2, scale, shift, layer, sample, act, output_mask, *args, out_shape=None, **kwargs
+    grad,
+    x,
+    w_partial,
+    w_pw1,
+    w_pw2,
+    scale,
+    shift,
+    layer,
+    sample,
+    act,
+    output_mask,
+    *args,
+    out_shape=None,
+    **kwargs,
 ) -> int:
-    need_x, need_partial, need_pw1, need_pw2, need_scale, need_shift, need_layer, need_sample = output_mask
+    need_x, need_partial, need_pw1, need_pw2, need_scale, need_shift, need_layer, need_sample = (
+        output_mask
+    )
     inner = need_x or need_partial or need_pw1 or need_scale or need_shift
     pw = 2 * _pixels(x) * x[1] * w_pw1[0]
-    total = _pconv_pw_flops(x, w_partial[0], w_pw1[0]) + pw * (inner + need_pw2 + (need_layer or need_sample))
+    total = _pconv_pw_flops(x, w_partial[0], w_pw1[0]) + pw * (
+        inner + need_pw2 + (need_layer or need_sample)
+    )
     return total + _pconv_pw_gradients(x, w_partial, w_pw1, need_x, need_partial, need_pw1)
 
 
@@ -473,7 +580,9 @@ def _(x, pack, c_mid, c_out, *args, out_shape=None, **kwargs) -> int:
 
 
 @_flops("head_backward")
-def _(grad, x, w_conv, b_conv, w_fc, b_fc, act, output_mask, *args, out_shape=None, **kwargs) -> int:
+def _(
+    grad, x, w_conv, b_conv, w_fc, b_fc, act, output_mask, *args, out_shape=None, **kwargs
+) -> int:
     need_x, need_w_conv, _need_b, need_w_fc, _need_b_fc = output_mask
     mid, fc = 2 * x[0] * x[1] * w_conv[0], 2 * x[0] * w_fc[0] * w_fc[1]
     return mid * (1 + need_x + need_w_conv) + fc * (1 + need_w_fc)
@@ -501,7 +610,9 @@ def _(x, w_partial, w_pw, *args, out_shape=None, **kwargs) -> int:
 
 
 @_flops("pw_stats_backward")
-def _(dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask, *args, out_shape=None, **kwargs) -> int:
+def _(
+    dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask, *args, out_shape=None, **kwargs
+) -> int:
     recompute = 2 * _pixels(x) * 9 * w_partial[0] ** 2
     return recompute + _pconv_pw_gradients(x, w_partial, w_pw, *output_mask)
 
@@ -522,13 +633,27 @@ def _(x, z, mean, scale, shift, w_pw2, *args, out_shape=None, **kwargs) -> int:
 
 
 @_flops("act_pw_residual_backward")
-def _(grad, z, mean, scale, shift, w_pw2, layer, sample, act, output_mask, *args, out_shape=None, **kwargs) -> int:
+def _(
+    grad,
+    z,
+    mean,
+    scale,
+    shift,
+    w_pw2,
+    layer,
+    sample,
+    act,
+    output_mask,
+    *args,
+    out_shape=None,
+    **kwargs,
+) -> int:
     need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample = output_mask
     inner = need_z or need_mean or need_scale or need_shift
     return 2 * _pixels(z) * w_pw2[0] * w_pw2[1] * (inner + need_pw2 + (need_layer or need_sample))
 
 
-# ---- Argument checks ----------------------------------------------------------------------------------------------------
+# ---- Argument checks -----------------------------------------------------------------------------
 
 
 def check_tensor(name: str, t, rank: int) -> None:
@@ -537,7 +662,9 @@ def check_tensor(name: str, t, rank: int) -> None:
     if t.dim() != rank:
         raise ValueError(f"{name} has {t.dim()} dimensions {tuple(t.shape)}, expected {rank}")
     if t.dtype not in DTYPES:
-        raise TypeError(f"{name} has dtype {t.dtype}, expected one of float32, float64, bfloat16, float16")
+        raise TypeError(
+            f"{name} has dtype {t.dtype}, expected one of float32, float64, bfloat16, float16"
+        )
 
 
 def _check_image(x) -> None:
@@ -550,7 +677,9 @@ def _check_weight(name: str, weight, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected {shape}")
     if weight.device != x.device:
         raise ValueError(f"{name} is on {weight.device}, expected x's device {x.device}")
-    if weight.dtype != x.dtype and not (x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)):
+    if weight.dtype != x.dtype and not (
+        x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type)
+    ):
         raise TypeError(f"{name} has dtype {weight.dtype}, expected x's dtype {x.dtype}")
 
 
@@ -579,7 +708,8 @@ def check_act(act) -> None:
 
 
 def _overlaps_itself(x: Tensor) -> bool:
-    """Whether two elements of ``x`` may share memory: dimensions sorted by stride must each step over all before."""
+    """Whether two elements of ``x`` may share memory: dimensions sorted by stride must each step
+    over all before."""
     extent = 1
     for stride, size in sorted((x.stride(d), x.shape[d]) for d in range(x.dim()) if x.shape[d] > 1):
         if stride < extent:
@@ -589,9 +719,11 @@ def _overlaps_itself(x: Tensor) -> bool:
 
 
 def autocast_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    """The weights in autocast's dtype, if autocast is on for x's device and x's dtype takes part in it.
+    """The weights in autocast's dtype, if autocast is on for x's device and x's dtype takes part in
+    it.
 
-    ``x`` itself stays: the ops round it to the weights' dtype for the convolutions and add the residual uncast, as eager does.
+    ``x`` itself stays: the ops round it to the weights' dtype for the convolutions and add the
+    residual uncast, as eager does.
     """
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
@@ -599,11 +731,12 @@ def autocast_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return weights
 
 
-# ---- Public functions -----------------------------------------------------------------------------------------------------
+# ---- Public functions ----------------------------------------------------------------------------
 
 
 def pconv3x3(x: Tensor, weight: Tensor, *, fast: bool = False) -> Tensor:
-    """Partial convolution: a 3x3 convolution of the first channels, the others passed through (arXiv 2303.03667, section 3.2).
+    """Partial convolution: a 3x3 convolution of the first channels, the others passed through
+    (arXiv 2303.03667, section 3.2).
 
     Args:
         x: (B, C, H, W), float32, float64, bfloat16 or float16, any strides.
@@ -611,8 +744,8 @@ def pconv3x3(x: Tensor, weight: Tensor, *, fast: bool = False) -> Tensor:
         fast: allow float32 algorithms with a larger rounding error. Without gradients only.
 
     Returns:
-        (B, C, H, W) of x's dtype in the memory format that x suggests. The convolution has stride 1, zero padding 1 and no
-        bias.
+        (B, C, H, W) of x's dtype in the memory format that x suggests. The convolution has stride
+        1, zero padding 1 and no bias.
 
     Raises:
         TypeError: an argument is no tensor, or a dtype does not fit.
@@ -625,7 +758,8 @@ def pconv3x3(x: Tensor, weight: Tensor, *, fast: bool = False) -> Tensor:
 
 
 class _InPlace(torch.autograd.Function):
-    """pconv3x3_ with gradients. The channels that are overwritten are saved first, the others are not needed."""
+    """pconv3x3_ with gradients. The channels that are overwritten are saved first, the others are
+    not needed."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -647,17 +781,20 @@ class _InPlace(torch.autograd.Function):
 
 
 def pconv3x3_(x: Tensor, weight: Tensor) -> Tensor:
-    """:func:`pconv3x3` in place: overwrites the first C_partial channels of ``x`` and returns ``x``.
+    """:func:`pconv3x3` in place: overwrites the first C_partial channels of ``x`` and returns
+    ``x``.
 
-    The other channels are never read or written and ``x`` is never copied: the scratch is a few image rows per thread.
+    The other channels are never read or written and ``x`` is never copied: the scratch is a few
+    image rows per thread.
 
     Args:
         x: (B, C, H, W), any strides that do not overlap; not a leaf that requires grad.
         weight: (C_partial, C_partial, 3, 3), x's dtype and device.
 
     Raises:
-        TypeError, ValueError: as :func:`pconv3x3`; also if ``x`` overlaps itself, shares memory with ``weight``, or is (a view
-            of) a leaf that requires grad while gradients are on. ``x`` is then untouched.
+        TypeError, ValueError: as :func:`pconv3x3`; also if ``x`` overlaps itself, shares memory
+            with ``weight``, or is (a view of) a leaf that requires grad while gradients are on.
+            ``x`` is then untouched.
     """
     _check_image(x)
     _check_partial("weight", weight, x)
@@ -666,9 +803,14 @@ def pconv3x3_(x: Tensor, weight: Tensor) -> Tensor:
     bases = (x, x._base) if not tracing and x._is_view() else (x,)
     if grad and any(t.requires_grad and t.is_leaf for t in bases):
         what = "a leaf" if x.is_leaf else "a view of a leaf"
-        raise ValueError(f"x is {what} that requires grad, expected a tensor that may be changed in place")
+        raise ValueError(
+            f"x is {what} that requires grad, expected a tensor that may be changed in place"
+        )
     if not tracing and _overlaps_itself(x):
-        raise ValueError(f"x overlaps itself (shape {tuple(x.shape)}, strides {x.stride()}), expected memory of its own")
+        raise ValueError(
+            f"x overlaps itself (shape {tuple(x.shape)}, strides {x.stride()}), "
+            "expected every element in memory of its own"
+        )
     if not tracing and x.untyped_storage()._cdata == weight.untyped_storage()._cdata:
         raise ValueError("x shares memory with weight, expected memory of its own")
     (weight,) = autocast_weights(x, weight)
@@ -688,21 +830,24 @@ def pconv_pw(
     *,
     fast: bool = False,
 ) -> Tensor:
-    """Partial convolution, pointwise convolution, scale and shift, activation: one pass over memory.
+    """Partial convolution, pointwise convolution, scale and shift, activation: one pass over
+    memory.
 
-    ``act(conv1x1(pconv3x3(x, w_partial), w_pw) * scale + shift)``; scale and shift are a batch norm at inference
-    (arXiv 2303.03667, sections 3.2 and 3.3).
+    ``act(conv1x1(pconv3x3(x, w_partial), w_pw) * scale + shift)``; scale and shift are a batch norm
+    at inference (arXiv 2303.03667, sections 3.2 and 3.3).
 
     Args:
         x: (B, C, H, W), float32, float64, bfloat16 or float16, any strides.
         w_partial: (C_partial, C_partial, 3, 3), x's dtype.
         w_pw: (C_out, C, 1, 1), x's dtype.
-        scale, shift: (C_out) or None for 1 and 0; floating point, applied in float32 (float64 beside float64).
+        scale, shift: (C_out) or None for 1 and 0; floating point, applied in float32 (float64
+            beside float64).
         act: relu, gelu (erf), gelu_tanh, silu, hardswish or identity.
         fast: allow float32 algorithms with a larger rounding error. Without gradients only.
 
     Returns:
-        (B, C_out, H, W) of x's dtype (autocast's under autocast) in the memory format that x suggests.
+        (B, C_out, H, W) of x's dtype (autocast's under autocast) in the memory format that x
+        suggests.
 
     Raises:
         TypeError: an argument is no tensor, or a dtype does not fit.
@@ -732,17 +877,20 @@ def fasternet_block(
     sample_scale: Tensor | None = None,
     fast: bool = False,
 ) -> Tensor:
-    """A whole FasterNet block in one pass: ``x + layer_scale * conv1x1(pconv_pw(x, ...), w_pw2)`` (arXiv 2303.03667, section 3.3).
+    """A whole FasterNet block in one pass: ``x + layer_scale * conv1x1(pconv_pw(x, ...), w_pw2)``
+    (arXiv 2303.03667, section 3.3).
 
     Args:
         x: (B, C, H, W), float32, float64, bfloat16 or float16, any strides.
         w_partial: (C_partial, C_partial, 3, 3), x's dtype.
         w_pw1: (C_hidden, C, 1, 1), x's dtype.
         w_pw2: (C, C_hidden, 1, 1), x's dtype.
-        scale, shift: (C_hidden) or None for 1 and 0; floating point, applied in float32 (float64 beside float64).
+        scale, shift: (C_hidden) or None for 1 and 0; floating point, applied in float32 (float64
+            beside float64).
         act: relu, gelu (erf), gelu_tanh, silu, hardswish or identity.
         layer_scale: (C) or None for 1.
-        sample_scale: (B) or None for 1: stochastic depth, 0 or 1 / keep probability for each sample.
+        sample_scale: (B) or None for 1: stochastic depth, 0 or 1 / keep probability for each
+            sample.
         fast: allow float32 algorithms with a larger rounding error. Without gradients only.
 
     Returns:
@@ -765,4 +913,6 @@ def fasternet_block(
     _check_vector("sample_scale", sample_scale, x, x.shape[0])
     check_act(act)
     w_partial, w_pw1, w_pw2 = autocast_weights(x, w_partial, w_pw1, w_pw2)
-    return _ops.block(x, w_partial, w_pw1, w_pw2, scale, shift, layer_scale, sample_scale, act, fast)
+    return _ops.block(
+        x, w_partial, w_pw1, w_pw2, scale, shift, layer_scale, sample_scale, act, fast
+    )

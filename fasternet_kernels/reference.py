@@ -1,11 +1,14 @@
-"""The operators in plain PyTorch: what every kernel is compared with, and what runs where there is no kernel.
+"""The operators in plain PyTorch: what every kernel is compared with, and what runs where there is
+no kernel.
 
-Each function here has the name and the arguments of an op in :mod:`fasternet_kernels.ops`, where shapes are documented, and
-is registered as its ``CompositeExplicitAutograd`` implementation. PConv is written as in the official code: split, convolve,
-concatenate. Backward functions recompute what they need from their arguments.
+Each function here has the name and the arguments of an op in :mod:`fasternet_kernels.ops`, where
+shapes are documented, and is registered as its ``CompositeExplicitAutograd`` implementation. PConv
+is written as in the official code: split, convolve, concatenate. Backward functions recompute what
+they need from their arguments.
 
-Types. The convolutions run in the weights' dtype (autocast hands in float32 ``x`` beside bfloat16 weights); scale, shift and
-statistics are float32, or float64 beside float64. Outputs follow the memory format that ``x`` suggests.
+Types. The convolutions run in the weights' dtype (autocast hands in float32 ``x`` beside bfloat16
+weights); scale, shift and statistics are float32, or float64 beside float64. Outputs follow the
+memory format that ``x`` suggests.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ ACTS = ("identity", "relu", "gelu", "gelu_tanh", "silu", "hardswish")
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
-    """What ``Tensor.suggest_memory_format()`` answers in C++: channels_last if strides are ordered N >= H >= W >= C."""
+    """What ``Tensor.suggest_memory_format()`` answers in C++: channels_last if strides are ordered
+    N >= H >= W >= C."""
     size, stride = x.shape, x.stride()
     if stride[1] == 0:
         return torch.contiguous_format
@@ -84,12 +88,30 @@ def _scaled(z: Tensor, scale: Tensor | None, shift: Tensor | None) -> Tensor:
     return z if shift is None else z + _column(shift)
 
 
-def _conv_backward(grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, stride=(1, 1), padding=0):
+def _conv_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    need_x: bool,
+    need_weight: bool,
+    stride=(1, 1),
+    padding=0,
+):
     """(dx, dweight) of a convolution without bias; None where not needed."""
     if not (need_x or need_weight):
         return None, None
     dx, dw, _ = torch.ops.aten.convolution_backward(
-        grad, x, weight, None, stride, (padding, padding), (1, 1), False, (0, 0), 1, (need_x, need_weight, False)
+        grad,
+        x,
+        weight,
+        None,
+        stride,
+        (padding, padding),
+        (1, 1),
+        False,
+        (0, 0),
+        1,
+        (need_x, need_weight, False),
     )
     return dx if need_x else None, dw.contiguous() if need_weight else None
 
@@ -103,7 +125,7 @@ def _results(x: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(0) if g is None else g for g in grads)
 
 
-# ---- Forward ----------------------------------------------------------------------------------------------------------
+# ---- Forward -------------------------------------------------------------------------------------
 
 
 def _pconv(x: Tensor, weight: Tensor) -> Tensor:
@@ -129,7 +151,16 @@ def pconv_pw(x, w_partial, w_pw, scale, shift, act: str, fast: bool = False) -> 
 
 
 def block(
-    x, w_partial, w_pw1, w_pw2, scale, shift, layer_scale, sample_scale, act: str, fast: bool = False
+    x,
+    w_partial,
+    w_pw1,
+    w_pw2,
+    scale,
+    shift,
+    layer_scale,
+    sample_scale,
+    act: str,
+    fast: bool = False,
 ) -> Tensor:
     z = F.conv2d(_pconv(x.to(w_pw1.dtype), w_partial), w_pw1)
     a = apply_act(_scaled(z, scale, shift), act).to(w_pw1.dtype)
@@ -147,7 +178,9 @@ def act_residual(x, a, w_pw2, layer_scale, sample_scale) -> Tensor:
 
 
 def patch_conv(x, weight, scale, shift, channels_last: bool = False) -> Tensor:
-    y = _scaled(F.conv2d(x.to(weight.dtype), weight, stride=weight.shape[2:]), scale, shift).to(weight.dtype)
+    y = _scaled(F.conv2d(x.to(weight.dtype), weight, stride=weight.shape[2:]), scale, shift).to(
+        weight.dtype
+    )
     return y.contiguous(memory_format=torch.channels_last) if channels_last else like(y, x)
 
 
@@ -156,9 +189,10 @@ def head(x, w_conv, b_conv, w_fc, b_fc, act: str) -> Tensor:
     return F.linear(a.flatten(1), w_fc, b_fc)
 
 
-# ---- Packs ------------------------------------------------------------------------------------------------------------
-# One flat tensor: for each weight, panels of output channels the width of a cache line (the last half that width where it
-# suffices), each panel K rows; then the shift; padded with zeros to a cache line. csrc/fasternet_cpu.h, "Packed weights".
+# ---- Packs ---------------------------------------------------------------------------------------
+# One flat tensor: for each weight, panels of output channels the width of a cache line (the last
+# half that width where it suffices), each panel K rows; then the shift; padded with zeros to a
+# cache line. csrc/fasternet_cpu.h, "Packed weights".
 
 
 def panel_width(dtype: torch.dtype) -> int:
@@ -167,7 +201,8 @@ def panel_width(dtype: torch.dtype) -> int:
 
 
 def packed_size(n: int, k: int, dtype: torch.dtype) -> int:
-    """Elements of the packed weight of a GEMM with ``n`` outputs and depth ``k``, in the compute dtype ``dtype``."""
+    """Elements of the packed weight of a GEMM with ``n`` outputs and depth ``k``, in the compute
+    dtype ``dtype``."""
     width = panel_width(dtype)
     padded = (n + width // 2 - 1) // (width // 2) * (width // 2)
     return (padded * (k + 1) + width - 1) // width * width
@@ -194,7 +229,8 @@ def pack(weights: list[Tensor], scales: list[Tensor | None], shifts: list[Tensor
 
 
 def unpack(packed: Tensor, shapes: list[tuple[int, int, int, int]]) -> list[tuple[Tensor, Tensor]]:
-    """The (weight, shift) pairs in ``packed``, weights of the given (n, c, kh, kw) shapes with their scale folded in."""
+    """The (weight, shift) pairs in ``packed``, weights of the given (n, c, kh, kw) shapes with
+    their scale folded in."""
     pairs = []
     begin = 0
     width = panel_width(packed.dtype)
@@ -212,11 +248,15 @@ def unpack(packed: Tensor, shapes: list[tuple[int, int, int, int]]) -> list[tupl
 
 
 def pconv_pw_packed(x, packed, c_partial: int, c_out: int, act: str, fast: bool = False) -> Tensor:
-    (w_partial, _), (w_pw, shift) = unpack(packed, [(c_partial, c_partial, 3, 3), (c_out, x.shape[1], 1, 1)])
+    (w_partial, _), (w_pw, shift) = unpack(
+        packed, [(c_partial, c_partial, 3, 3), (c_out, x.shape[1], 1, 1)]
+    )
     return like(pconv_pw(x.to(packed.dtype), w_partial, w_pw, None, shift, act).to(x.dtype), x)
 
 
-def block_packed(x, packed, c_partial: int, c_hidden: int, sample_scale, act: str, fast: bool = False) -> Tensor:
+def block_packed(
+    x, packed, c_partial: int, c_hidden: int, sample_scale, act: str, fast: bool = False
+) -> Tensor:
     c = x.shape[1]
     shapes = [(c_partial, c_partial, 3, 3), (c_hidden, c, 1, 1), (c, c_hidden, 1, 1)]
     (w_partial, _), (w_pw1, shift), (w_pw2, _) = unpack(packed, shapes)
@@ -224,14 +264,18 @@ def block_packed(x, packed, c_partial: int, c_hidden: int, sample_scale, act: st
     return like(y.to(x.dtype), x)
 
 
-def patch_conv_packed(x, packed, c_out: int, kh: int, kw: int, channels_last: bool = False) -> Tensor:
+def patch_conv_packed(
+    x, packed, c_out: int, kh: int, kw: int, channels_last: bool = False
+) -> Tensor:
     ((weight, shift),) = unpack(packed, [(c_out, x.shape[1], kh, kw)])
     y = patch_conv(x.to(packed.dtype), weight, None, shift, channels_last).to(x.dtype)
     return y if channels_last else like(y, x)
 
 
 def head_packed(x, packed, c_mid: int, c_out: int, act: str) -> Tensor:
-    (w_conv, b_conv), (w_fc, b_fc) = unpack(packed, [(c_mid, x.shape[1], 1, 1), (c_out, c_mid, 1, 1)])
+    (w_conv, b_conv), (w_fc, b_fc) = unpack(
+        packed, [(c_mid, x.shape[1], 1, 1), (c_out, c_mid, 1, 1)]
+    )
     return head(x.to(packed.dtype), w_conv, b_conv, w_fc[:, :, 0, 0], b_fc, act).to(x.dtype)
 
 
@@ -255,7 +299,7 @@ def network(x: Tensor, packs: list[Tensor], plan: list[int], fast: bool = False)
     return outputs
 
 
-# ---- Training ---------------------------------------------------------------------------------------------------------
+# ---- Training ------------------------------------------------------------------------------------
 
 
 def pw_stats(x, w_partial, w_pw) -> tuple[Tensor, Tensor, Tensor]:
@@ -278,14 +322,19 @@ def act_pw_residual(x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, 
     return act_residual(x, bn_act(z, mean, scale, shift, act), w_pw2, layer_scale, sample_scale)
 
 
-# ---- Backward ---------------------------------------------------------------------------------------------------------
+# ---- Backward ------------------------------------------------------------------------------------
 
 
 def pconv3x3_backward(grad, x_partial, weight, output_mask: list[bool]) -> tuple[Tensor, Tensor]:
     c_partial = weight.shape[0]
     need_x, need_weight = output_mask
     dx, dw = _conv_backward(
-        grad[:, :c_partial].to(weight.dtype), x_partial.to(weight.dtype), weight, need_x, need_weight, padding=1
+        grad[:, :c_partial].to(weight.dtype),
+        x_partial.to(weight.dtype),
+        weight,
+        need_x,
+        need_weight,
+        padding=1,
     )
     if need_x:
         dx = like(torch.cat((dx.to(grad.dtype), grad[:, c_partial:]), dim=1), grad)
@@ -293,13 +342,16 @@ def pconv3x3_backward(grad, x_partial, weight, output_mask: list[bool]) -> tuple
 
 
 def _pconv_pw_conv_backward(dz, x, u, w_partial, w_pw, need_x, need_partial, need_pw):
-    """Gradients of conv1x1(pconv(x)): dz in the weights' dtype, u the PConv's output. dx in x's dtype."""
+    """Gradients of conv1x1(pconv(x)): dz in the weights' dtype, u the PConv's output. dx in x's
+    dtype."""
     c_partial = w_partial.shape[0]
     du, dw_pw = _conv_backward(dz, u, w_pw, need_x or need_partial, need_pw)
     dx = dw_partial = None
     if du is not None:
         partial = x[:, :c_partial].to(w_partial.dtype)
-        dx_partial, dw_partial = _conv_backward(du[:, :c_partial], partial, w_partial, need_x, need_partial, padding=1)
+        dx_partial, dw_partial = _conv_backward(
+            du[:, :c_partial], partial, w_partial, need_x, need_partial, padding=1
+        )
         if need_x:
             dx = like(torch.cat((dx_partial, du[:, c_partial:]), dim=1).to(x.dtype), x)
     return dx, dw_partial, dw_pw
@@ -307,23 +359,32 @@ def _pconv_pw_conv_backward(dz, x, u, w_partial, w_pw, need_x, need_partial, nee
 
 def _scaled_act_backward(da, z, scale, shift, act, need_scale, need_shift):
     """From the gradient of act(z * scale + shift): (dz, dscale, dshift)."""
-    dt = act_backward(da.to(compute_dtype(da.dtype)), _scaled(z, scale, shift).to(compute_dtype(z.dtype)), act)
+    dt = act_backward(
+        da.to(compute_dtype(da.dtype)), _scaled(z, scale, shift).to(compute_dtype(z.dtype)), act
+    )
     dscale = _sum(dt * z, (0, 2, 3)).to(scale.dtype) if need_scale else None
     dshift = _sum(dt, (0, 2, 3)).to(shift.dtype) if need_shift else None
     return (dt if scale is None else dt * _column(scale)).to(z.dtype), dscale, dshift
 
 
-def pconv_pw_backward(grad, x, w_partial, w_pw, scale, shift, act: str, output_mask: list[bool]) -> tuple[Tensor, ...]:
+def pconv_pw_backward(
+    grad, x, w_partial, w_pw, scale, shift, act: str, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
     need_x, need_partial, need_pw, need_scale, need_shift = output_mask
     u = _pconv(x.to(w_pw.dtype), w_partial)
     z = F.conv2d(u, w_pw)
     dz, dscale, dshift = _scaled_act_backward(grad, z, scale, shift, act, need_scale, need_shift)
-    dx, dw_partial, dw_pw = _pconv_pw_conv_backward(dz, x, u, w_partial, w_pw, need_x, need_partial, need_pw)
+    dx, dw_partial, dw_pw = _pconv_pw_conv_backward(
+        dz, x, u, w_partial, w_pw, need_x, need_partial, need_pw
+    )
     return _results(grad, dx, dw_partial, dw_pw, dscale, dshift)
 
 
-def _branch_backward(grad, a, w_pw2, layer_scale, sample_scale, need_a, need_pw2, need_layer, need_sample):
-    """From the gradient of act_residual: (da, dw_pw2, dlayer_scale, dsample_scale), da in a's dtype."""
+def _branch_backward(
+    grad, a, w_pw2, layer_scale, sample_scale, need_a, need_pw2, need_layer, need_sample
+):
+    """From the gradient of act_residual: (da, dw_pw2, dlayer_scale, dsample_scale), da in a's
+    dtype."""
     g = grad.to(compute_dtype(grad.dtype))
     branch = F.conv2d(a, w_pw2) if need_layer or need_sample else None
     dsample = dlayer = None
@@ -341,9 +402,21 @@ def _branch_backward(grad, a, w_pw2, layer_scale, sample_scale, need_a, need_pw2
 
 
 def block_backward(
-    grad, x, w_partial, w_pw1, w_pw2, scale, shift, layer_scale, sample_scale, act: str, output_mask: list[bool]
+    grad,
+    x,
+    w_partial,
+    w_pw1,
+    w_pw2,
+    scale,
+    shift,
+    layer_scale,
+    sample_scale,
+    act: str,
+    output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
-    need_x, need_partial, need_pw1, need_pw2, need_scale, need_shift, need_layer, need_sample = output_mask
+    need_x, need_partial, need_pw1, need_pw2, need_scale, need_shift, need_layer, need_sample = (
+        output_mask
+    )
     u = _pconv(x.to(w_pw1.dtype), w_partial)
     z = F.conv2d(u, w_pw1)
     a = apply_act(_scaled(z, scale, shift), act).to(w_pw1.dtype)
@@ -354,27 +427,37 @@ def block_backward(
     dx = dw_partial = dw_pw1 = dscale = dshift = None
     if inner:
         dz, dscale, dshift = _scaled_act_backward(da, z, scale, shift, act, need_scale, need_shift)
-        dx, dw_partial, dw_pw1 = _pconv_pw_conv_backward(dz, x, u, w_partial, w_pw1, need_x, need_partial, need_pw1)
+        dx, dw_partial, dw_pw1 = _pconv_pw_conv_backward(
+            dz, x, u, w_partial, w_pw1, need_x, need_partial, need_pw1
+        )
     if need_x:
         dx = like((grad + dx).to(x.dtype), x)
     return _results(grad, dx, dw_partial, dw_pw1, dw_pw2, dscale, dshift, dlayer, dsample)
 
 
-def patch_conv_backward(grad, x, weight, scale, shift, output_mask: list[bool]) -> tuple[Tensor, ...]:
+def patch_conv_backward(
+    grad, x, weight, scale, shift, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
     need_x, need_weight, need_scale, need_shift = output_mask
     stride = weight.shape[2:]
     g = grad.to(compute_dtype(grad.dtype))
     dscale = None
     if need_scale:
-        dscale = _sum(g * F.conv2d(x.to(weight.dtype), weight, stride=stride), (0, 2, 3)).to(scale.dtype)
+        dscale = _sum(g * F.conv2d(x.to(weight.dtype), weight, stride=stride), (0, 2, 3)).to(
+            scale.dtype
+        )
     dshift = _sum(g, (0, 2, 3)).to(shift.dtype) if need_shift else None
     if scale is not None:
         g = g * _column(scale)
-    dx, dw = _conv_backward(g.to(weight.dtype), x.to(weight.dtype), weight, need_x, need_weight, stride=stride)
+    dx, dw = _conv_backward(
+        g.to(weight.dtype), x.to(weight.dtype), weight, need_x, need_weight, stride=stride
+    )
     return _results(grad, None if dx is None else like(dx.to(x.dtype), x), dw, dscale, dshift)
 
 
-def head_backward(grad, x, w_conv, b_conv, w_fc, b_fc, act: str, output_mask: list[bool]) -> tuple[Tensor, ...]:
+def head_backward(
+    grad, x, w_conv, b_conv, w_fc, b_fc, act: str, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
     need_x, need_w_conv, need_b_conv, need_w_fc, need_b_fc = output_mask
     pooled = x.to(w_conv.dtype).mean((2, 3))
     w_mid = w_conv[:, :, 0, 0]
@@ -391,12 +474,20 @@ def head_backward(grad, x, w_conv, b_conv, w_fc, b_fc, act: str, output_mask: li
     return _results(grad, dx, dw_conv, db_conv, dw_fc, db_fc)
 
 
-def pw_stats_backward(dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask: list[bool]) -> tuple[Tensor, ...]:
+def pw_stats_backward(
+    dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
     # mean = sum(z) / n and m2 = sum((z - mean)^2), whose derivative by the mean is zero.
     n = z.shape[0] * z.shape[2] * z.shape[3]
-    wide = dz.to(mean.dtype) + _column(dmean / max(n, 1)) + _column(2 * dm2) * (z.to(mean.dtype) - _column(mean))
+    wide = (
+        dz.to(mean.dtype)
+        + _column(dmean / max(n, 1))
+        + _column(2 * dm2) * (z.to(mean.dtype) - _column(mean))
+    )
     u = _pconv(x.to(w_pw.dtype), w_partial)
-    return _results(dz, *_pconv_pw_conv_backward(wide.to(z.dtype), x, u, w_partial, w_pw, *output_mask))
+    return _results(
+        dz, *_pconv_pw_conv_backward(wide.to(z.dtype), x, u, w_partial, w_pw, *output_mask)
+    )
 
 
 def _bn_act_backward(da, z, mean, scale, shift, act, need_z, need_mean, need_scale, need_shift):
@@ -409,7 +500,9 @@ def _bn_act_backward(da, z, mean, scale, shift, act, need_z, need_mean, need_sca
     return dz, dmean, dscale, total if need_shift else None
 
 
-def bn_act_backward(grad, z, mean, scale, shift, act: str, output_mask: list[bool]) -> tuple[Tensor, ...]:
+def bn_act_backward(
+    grad, z, mean, scale, shift, act: str, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
     return _results(grad, *_bn_act_backward(grad, z, mean, scale, shift, act, *output_mask))
 
 

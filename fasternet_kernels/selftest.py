@@ -1,7 +1,8 @@
-"""A self-test of every op on this machine: its kernel against float64, beside what eager PyTorch makes of the same inputs.
+"""A self-test of every op on this machine: its kernel against float64, beside what eager PyTorch
+makes of the same inputs.
 
-An error is allowed to be twice eager's, in relative L2 norm and in maximum, plus one ulp of the largest value; 1e-13 relative in
-float64. ``fasternet-kernels check`` prints the rows.
+An error is allowed to be twice eager's, in relative L2 norm and in maximum, plus one ulp of the
+largest value; 1e-13 relative in float64. ``fasternet-kernels check`` prints the rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One comparison. error and allowed are relative L2 errors; ok also covers the maximum error, shape, strides and dtype."""
+    """One comparison. error and allowed are relative L2 errors; ok also covers the maximum error,
+    shape, strides and dtype."""
 
     op: str
     backend: str
@@ -54,14 +56,21 @@ def _compare(got: Tensor, exact: Tensor, eager: Tensor) -> tuple[float, float, s
     else:
         ulp = torch.finfo(got.dtype).eps * 2.0 ** float(torch.tensor(largest).log2().floor())
         allowed_peak = 2 * float((eager.double() - exact).abs().max()) + ulp
-        allowed = 2 * float((eager.double() - exact).norm()) / norm + ulp * exact.numel() ** 0.5 / norm
-    error, peak = float((got.double() - exact).norm()) / norm, float((got.double() - exact).abs().max())
+        allowed = (
+            2 * float((eager.double() - exact).norm()) / norm + ulp * exact.numel() ** 0.5 / norm
+        )
+    error, peak = (
+        float((got.double() - exact).norm()) / norm,
+        float((got.double() - exact).abs().max()),
+    )
     if error <= allowed and peak <= allowed_peak:
         return error, allowed, ""
     return error, allowed, f"maximum error {peak:.1e}, allowed {allowed_peak:.1e}"
 
 
-def _arguments(dtype: torch.dtype, memory_format: torch.memory_format, act: str, device: torch.device) -> dict[str, tuple]:
+def _arguments(
+    dtype: torch.dtype, memory_format: torch.memory_format, act: str, device: torch.device
+) -> dict[str, tuple]:
     """Arguments for every op: a batch of two at 40 channels, 10 of them convolved, 9x7 pixels."""
     generator = torch.Generator().manual_seed(0)
     compute = compute_dtype(dtype)
@@ -88,7 +97,28 @@ def _arguments(dtype: torch.dtype, memory_format: torch.memory_format, act: str,
     pack_patch = reference.pack([patch], [None], [patch_shift])
     pack_head = reference.pack([w_conv, w_fc], [None, None], [b_conv.to(compute), b_fc.to(compute)])
     code = ACTS.index(act)
-    plan = [PATCH_CONV, 40, 4, 4, 0, BLOCK, 10, 80, 0, code, EMIT, 0, 0, 0, 0, HEAD, 70, 30, 0, code]
+    plan = [
+        PATCH_CONV,
+        40,
+        4,
+        4,
+        0,
+        BLOCK,
+        10,
+        80,
+        0,
+        code,
+        EMIT,
+        0,
+        0,
+        0,
+        0,
+        HEAD,
+        70,
+        30,
+        0,
+        code,
+    ]
     block = (partial, pw1, pw2, scale, shift, layer, sample, act)
     return {
         "pconv3x3": (x, partial),
@@ -103,7 +133,14 @@ def _arguments(dtype: torch.dtype, memory_format: torch.memory_format, act: str,
         "block_backward": (x.flip(0), x, *block, [True] * 8),
         "patch_conv": (pixels, patch, None, patch_shift),
         "patch_conv_packed": (pixels, pack_patch, 40, 4, 4),
-        "patch_conv_backward": (image(2, 40, 4, 6), pixels, patch, None, patch_shift, [True, True, False, True]),
+        "patch_conv_backward": (
+            image(2, 40, 4, 6),
+            pixels,
+            patch,
+            None,
+            patch_shift,
+            [True, True, False, True],
+        ),
         "head": (x, w_conv, b_conv, w_fc, b_fc, act),
         "head_packed": (x, pack_head, 70, 30, act),
         "head_backward": (randn(2, 30), x, w_conv, b_conv, w_fc, b_fc, act, [True] * 5),
@@ -127,22 +164,24 @@ def _results(fn: Callable, args: tuple) -> list[Tensor]:
 
 
 def backend_of(name: str, device: torch.device) -> str:
-    """What runs op ``name`` on ``device``: the compiled kernel's instruction set, or the PyTorch reference."""
+    """What runs op ``name`` on ``device``: the compiled kernel's instruction set, or the PyTorch
+    reference."""
     if device.type == "cpu" and library.has_cpu_kernel(name):
         return library.status().isa or "compiled"
     return "reference"
 
 
 def run(progress: Callable[[int, int], None] | None = None, device: str = "cpu") -> list[Row]:
-    """Compares every op with float64 in every dtype and layout it takes, on ``device``; a few seconds on a CPU.
+    """Compares every op with float64 in every dtype and layout it takes, on ``device``; a few
+    seconds on a CPU.
 
     Args:
         progress: called as progress(done, total) after each comparison.
         device: where the ops run; the float64 results are computed on the CPU.
 
     Returns:
-        One row for each op, dtype and layout. An op without a kernel on this device runs its reference; its row says so and
-        only shows that it is the same computation as in float64.
+        One row for each op, dtype and layout. An op without a kernel on this device runs its
+        reference; its row says so and only shows that it is the same computation as in float64.
     """
     where = torch.device(device)
     combinations = [(dtype, layout) for dtype in _DTYPES for layout in _FORMATS]
@@ -156,17 +195,33 @@ def run(progress: Callable[[int, int], None] | None = None, device: str = "cpu")
             plain = getattr(reference, name)
             try:
                 with torch.no_grad():
-                    exact = [r.cpu() for r in _results(plain, _double(args))] if name != "pack" else None
+                    exact = (
+                        [r.cpu() for r in _results(plain, _double(args))]
+                        if name != "pack"
+                        else None
+                    )
                     eager = [r.cpu() for r in _results(plain, args)]
                     got = [r.cpu() for r in _results(getattr(_ops, name), args)]
-                # Packs of other dtypes have other panels: their reference is the plain packing itself, bit for bit.
+                # Packs of other dtypes have other panels: their reference is the plain packing
+                # itself, bit for bit.
                 exact = [r.double() for r in eager] if exact is None else exact
                 found = [_compare(g, e, p) for g, e, p in zip(got, exact, eager, strict=True)]
                 error, allowed, detail = max(found, key=lambda row: (row[2] != "", row[0]))
             except Exception as failure:  # a row that cannot be computed is a finding, not an end
                 error, allowed, detail = float("inf"), 0.0, f"{type(failure).__name__}: {failure}"
             short = str(dtype).removeprefix("torch.")
-            rows.append(Row(name, backend_of(name, where), short, layout, error, allowed, detail == "", detail))
+            rows.append(
+                Row(
+                    name,
+                    backend_of(name, where),
+                    short,
+                    layout,
+                    error,
+                    allowed,
+                    detail == "",
+                    detail,
+                )
+            )
             if progress is not None:
                 progress(len(rows), total)
     return rows

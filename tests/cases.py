@@ -1,8 +1,9 @@
 """Shapes, random inputs and the one criterion of the kernel tests.
 
-A result is right when its error against float64 on the same rounded inputs, as relative L2 norm and as maximum, is at most twice
-the larger of what eager PyTorch and a plain in-order loop make in the same dtype, plus one ulp of the largest value; in float64,
-1e-13 relative. NaN and infinities must stand where the reference has them.
+A result is right when its error against float64 on the same rounded inputs, as relative L2 norm and
+as maximum, is at most twice the larger of what eager PyTorch and a plain in-order loop make in the
+same dtype, plus one ulp of the largest value; in float64, 1e-13 relative. NaN and infinities must
+stand where the reference has them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,12 @@ from torch import Tensor
 from fasternet_kernels.reference import ACTS, compute_dtype
 
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
-DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {
+    "fp32": torch.float32,
+    "fp64": torch.float64,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +55,9 @@ class Case:
 
 NETWORKS = {"t0": 40, "t1": 64, "t2": 96, "s": 128, "m": 144, "l": 192}
 STAGES = [
-    Case(1, width << stage, 56 >> stage, 56 >> stage, act="gelu" if name in ("t0", "t1") else "relu")
+    Case(
+        1, width << stage, 56 >> stage, 56 >> stage, act="gelu" if name in ("t0", "t1") else "relu"
+    )
     for name, width in NETWORKS.items()
     for stage in range(4)
 ]
@@ -77,7 +85,9 @@ def randn(*shape: int, seed: int, dtype=torch.float32, scale: float = 1.0) -> Te
 
 
 def image(case: Case, dtype=torch.float32, memory_format=torch.channels_last) -> Tensor:
-    wide = randn(case.batch, case.channels + case.extra, case.height, case.width, seed=1, dtype=dtype)
+    wide = randn(
+        case.batch, case.channels + case.extra, case.height, case.width, seed=1, dtype=dtype
+    )
     wide = wide.to(memory_format=memory_format)
     begin = case.extra // 2
     return wide[:, begin : begin + case.channels]
@@ -94,7 +104,10 @@ def weights(case: Case, dtype=torch.float32) -> dict[str, Tensor]:
         "scale": randn(ch, seed=5, dtype=vector, scale=0.3) + 1,
         "shift": randn(ch, seed=6, dtype=vector),
         "layer_scale": randn(c, seed=7, dtype=vector, scale=0.3) + 1,
-        "sample_scale": torch.rand(case.batch, generator=generator(8), dtype=torch.float64).to(vector) * 2,
+        "sample_scale": torch.rand(case.batch, generator=generator(8), dtype=torch.float64).to(
+            vector
+        )
+        * 2,
     }
 
 
@@ -109,11 +122,12 @@ def double(value):
     return value
 
 
-# ---- A plain in-order loop ------------------------------------------------------------------------------------------------
+# ---- A plain in-order loop -----------------------------------------------------------------------
 
 
 def loop_conv(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0) -> Tensor:
-    """A convolution as one multiply and one add at a time, in order of K, accumulated in the compute dtype."""
+    """A convolution as one multiply and one add at a time, in order of K, accumulated in the
+    compute dtype."""
     dtype = compute_dtype(x.dtype)
     stride = (stride, stride) if isinstance(stride, int) else tuple(stride)
     n, _, kh, kw = weight.shape
@@ -129,7 +143,7 @@ def loop_conv(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0) -> Tens
     return total.reshape(x.shape[0], n, height, width).to(x.dtype)
 
 
-# ---- The criterion --------------------------------------------------------------------------------------------------------
+# ---- The criterion -------------------------------------------------------------------------------
 
 
 def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
@@ -142,18 +156,24 @@ def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
     return float(difference.norm() / norm), float(difference.abs().max())
 
 
-def assert_right(got: Tensor, exact: Tensor, *rivals: Tensor | Callable[[], Tensor], what: str = "result") -> None:
-    """Holds ``got`` to the criterion. ``rivals`` are the same computation in the same dtype, the costly ones as callables,
-    which are only run when the others do not settle it."""
-    assert got.shape == exact.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+def assert_right(
+    got: Tensor, exact: Tensor, *rivals: Tensor | Callable[[], Tensor], what: str = "result"
+) -> None:
+    """Holds ``got`` to the criterion. ``rivals`` are the same computation in the same dtype, the
+    costly ones as callables, which are only run when the others do not settle it."""
+    assert got.shape == exact.shape, (
+        f"{what}: shape {tuple(got.shape)}, expected {tuple(exact.shape)}"
+    )
     assert exact.dtype == torch.float64
     wide = got.double()
-    assert torch.equal(wide.isnan(), exact.isnan()), f"{what}: NaN in other places than in the reference"
+    assert torch.equal(wide.isnan(), exact.isnan()), (
+        f"{what}: NaN in other places than in the reference"
+    )
     largest_float = torch.finfo(got.dtype).max
     inf = exact.isinf() | (exact.abs() > largest_float)
-    assert torch.equal(wide[wide.isinf()].sign(), exact[inf].sign()) and torch.equal(wide.isinf(), inf), (
-        f"{what}: infinities in other places than in the reference"
-    )
+    assert torch.equal(wide[wide.isinf()].sign(), exact[inf].sign()) and torch.equal(
+        wide.isinf(), inf
+    ), f"{what}: infinities in other places than in the reference"
     exact = exact.masked_fill(inf, float("inf"))
     finite = exact[exact.isfinite()]
     if finite.numel() == 0:
@@ -161,20 +181,26 @@ def assert_right(got: Tensor, exact: Tensor, *rivals: Tensor | Callable[[], Tens
     largest = float(finite.abs().max())
     l2, peak = errors(got, exact)
     if got.dtype == torch.float64:
-        assert l2 <= 1e-13 and peak <= 1e-13 * max(largest, 1e-300), f"{what}: error {l2:.1e}, {peak:.1e} in float64"
+        assert l2 <= 1e-13 and peak <= 1e-13 * max(largest, 1e-300), (
+            f"{what}: error {l2:.1e}, {peak:.1e} in float64"
+        )
         return
-    ulp = torch.finfo(got.dtype).eps * 2.0 ** torch.tensor(max(largest, 1e-300)).log2().floor().item()
+    ulp = (
+        torch.finfo(got.dtype).eps * 2.0 ** torch.tensor(max(largest, 1e-300)).log2().floor().item()
+    )
     rms = float(finite.norm() / finite.numel() ** 0.5)
     allowed_l2 = allowed_peak = 0.0
     for rival in rivals:
         rival = rival() if callable(rival) else rival
         assert rival.dtype == got.dtype, f"{what}: dtype {got.dtype}, eager has {rival.dtype}"
         rival_l2, rival_peak = errors(rival, exact)
-        # One ulp of the largest value is an error that every element may have: so it counts in both norms.
+        # One ulp of the largest value is an error that every element may have: so it counts in both
+        # norms.
         allowed_l2 = max(allowed_l2, 2 * rival_l2 + ulp / max(rms, 1e-300))
         allowed_peak = max(allowed_peak, 2 * rival_peak + ulp)
         if l2 <= allowed_l2 and peak <= allowed_peak:
             return
     raise AssertionError(
-        f"{what}: relative L2 error {l2:.2e} (allowed {allowed_l2:.2e}), maximum {peak:.2e} (allowed {allowed_peak:.2e})"
+        f"{what}: relative L2 error {l2:.2e} (allowed {allowed_l2:.2e}), "
+        f"maximum {peak:.2e} (allowed {allowed_peak:.2e})"
     )

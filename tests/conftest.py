@@ -22,16 +22,20 @@ COMPILED = (
 
 
 def pytest_sessionstart(session):
-    # Without the compiled library the ops run their reference, and every parity test would compare it with itself.
+    # Without the compiled library the ops run their reference, and every parity test would compare
+    # it with itself.
     status = fk.library.status()
     missing = [name for name in COMPILED if not fk.library.has_cpu_kernel(name)]
     if not status.loaded or missing:
-        pytest.exit(f"no compiled kernels, nothing to test: {status.reason or missing}", returncode=3)
+        pytest.exit(
+            f"no compiled kernels, nothing to test: {status.reason or missing}", returncode=3
+        )
 
 
 def pytest_report_header():
     status = fk.library.status()
-    return f"fasternet_kernels: {status.isa} of {', '.join(status.available_isas)}; {status.compiler}; torch {torch.__version__}"
+    isas = ", ".join(status.available_isas)
+    return f"kernels: {status.isa} of {isas}; {status.compiler}; torch {torch.__version__}"
 
 
 @pytest.fixture(autouse=True)

@@ -21,7 +21,9 @@ def fresh_dynamo():
 def small_model(seed=0, **kwargs):
     """A FasterNet with every kind of layer, small enough to compile in seconds."""
     torch.manual_seed(seed)
-    model = fk.models.FasterNet(embed_dim=16, depths=(1, 1), num_classes=7, feature_dim=24, **kwargs)
+    model = fk.models.FasterNet(
+        embed_dim=16, depths=(1, 1), num_classes=7, feature_dim=24, **kwargs
+    )
     for name, t in model.state_dict().items():
         if name.endswith("running_mean"):
             t.normal_(0, 0.1)
@@ -33,9 +35,18 @@ def small_model(seed=0, **kwargs):
 def public_calls(w):
     return {
         "pconv3x3": lambda x: fk.pconv3x3(x, w["w_partial"]),
-        "pconv_pw": lambda x: fk.pconv_pw(x, w["w_partial"], w["w_pw1"], w["scale"], w["shift"], "gelu"),
+        "pconv_pw": lambda x: fk.pconv_pw(
+            x, w["w_partial"], w["w_pw1"], w["scale"], w["shift"], "gelu"
+        ),
         "block": lambda x: fk.fasternet_block(
-            x, w["w_partial"], w["w_pw1"], w["w_pw2"], w["scale"], w["shift"], "gelu", w["layer_scale"]
+            x,
+            w["w_partial"],
+            w["w_pw1"],
+            w["w_pw2"],
+            w["scale"],
+            w["shift"],
+            "gelu",
+            w["layer_scale"],
         ),
         "in_place": lambda x: fk.pconv3x3_(x * 2, w["w_partial"]),
     }
@@ -46,7 +57,10 @@ def public_calls(w):
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_functions_compile_fullgraph(name, grad, dynamic):
     """Same values, strides and gradients; with dynamic shapes one graph serves every batch."""
-    w = {k: v.requires_grad_(grad) if k.startswith("w_") else v for k, v in weights(Case(1, 16, 1, 1)).items()}
+    w = {
+        k: v.requires_grad_(grad) if k.startswith("w_") else v
+        for k, v in weights(Case(1, 16, 1, 1)).items()
+    }
     call = public_calls(w)[name]
     compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     frames = []
@@ -134,7 +148,9 @@ def test_every_forward_op_exports(tmp_path):
 
         def forward(self, x):
             y = fk.pconv3x3_(self.pconv(x) * 1.0, w["w_partial"])
-            z = fk.fasternet_block(self.block(y), w["w_partial"], w["w_pw1"], w["w_pw2"], act="silu")
+            z = fk.fasternet_block(
+                self.block(y), w["w_partial"], w["w_pw1"], w["w_pw2"], act="silu"
+            )
             return self.pconv_pw(z), fk.pconv_pw(z, w["w_partial"], w["w_pw1"], act="hardswish")
 
     calls = Calls().eval()
@@ -143,7 +159,9 @@ def test_every_forward_op_exports(tmp_path):
         with torch.set_grad_enabled(grad):
             program = torch.export.export(calls, (x,))
             torch.export.save(program, tmp_path / "calls.pt2")
-            for got, expected in zip(torch.export.load(tmp_path / "calls.pt2").module()(x), calls(x)):
+            for got, expected in zip(
+                torch.export.load(tmp_path / "calls.pt2").module()(x), calls(x)
+            ):
                 torch.testing.assert_close(got, expected)
 
 
@@ -182,11 +200,13 @@ def test_aot_inductor(tmp_path):
     x = randn(2, 3, 64, 64, seed=1)
     with torch.no_grad():
         program = torch.export.export(model, (x,))
-        path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
         torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model(x))
 
 
-# ---- Autocast ---------------------------------------------------------------------------------------------------------------
+# ---- Autocast ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
@@ -209,7 +229,9 @@ def test_functions_under_autocast(x_dtype, grad):
         y = fk.fasternet_block(*leaves, w["scale"], w["shift"], "gelu")
         rival = eager(*leaves)
         compiled = torch.compile(
-            lambda *a: fk.fasternet_block(*a, w["scale"], w["shift"], "gelu"), fullgraph=True, backend="aot_eager"
+            lambda *a: fk.fasternet_block(*a, w["scale"], w["shift"], "gelu"),
+            fullgraph=True,
+            backend="aot_eager",
         )(*leaves)
         z = fk.pconv_pw(x, w["w_partial"], w["w_pw1"])
     assert y.dtype == rival.dtype and z.dtype == torch.bfloat16 and torch.equal(compiled, y)
@@ -221,5 +243,7 @@ def test_functions_under_autocast(x_dtype, grad):
         g = randn(*y.shape, seed=5)
         ours = torch.autograd.grad(y, leaves, g.to(y.dtype))
         theirs = torch.autograd.grad(rival, leaves, g.to(y.dtype))
-        for a, e, r in zip(ours, torch.autograd.grad(exact, exact_leaves, g.to(y.dtype).double()), theirs):
+        for a, e, r in zip(
+            ours, torch.autograd.grad(exact, exact_leaves, g.to(y.dtype).double()), theirs
+        ):
             assert_right(a, e, r)

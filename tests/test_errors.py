@@ -1,5 +1,5 @@
-"""Bad input: every case is refused with a message that names the argument, what came and what was expected, and nothing is
-written."""
+"""Bad input: every case is refused with a message that names the argument, what came and what was
+expected, and nothing is written."""
 
 import pytest
 import torch
@@ -12,7 +12,9 @@ CASE = Case(2, 40, 6, 7)
 
 def block_arguments(**changes):
     w = weights(CASE)
-    arguments = {name: w[name] for name in ("w_partial", "w_pw1", "w_pw2", "scale", "shift", "layer_scale")}
+    arguments = {
+        name: w[name] for name in ("w_partial", "w_pw1", "w_pw2", "scale", "shift", "layer_scale")
+    }
     return {"x": image(CASE), "act": "relu", **arguments, **changes}
 
 
@@ -22,7 +24,13 @@ def call_block(**changes):
 
 def call_pconv_pw(**changes):
     a = block_arguments()
-    a = {"x": a["x"], "w_partial": a["w_partial"], "w_pw": a["w_pw1"], "scale": a["scale"], "shift": a["shift"]}
+    a = {
+        "x": a["x"],
+        "w_partial": a["w_partial"],
+        "w_pw": a["w_pw1"],
+        "scale": a["scale"],
+        "shift": a["shift"],
+    }
     return fk.pconv_pw(**{**a, **changes})
 
 
@@ -34,7 +42,12 @@ def call_pconv_(**changes):
     return fk.pconv3x3_(**{"x": image(CASE), "weight": weights(CASE)["w_partial"], **changes})
 
 
-PARTIAL = {call_block: "w_partial", call_pconv_pw: "w_partial", call_pconv: "weight", call_pconv_: "weight"}
+PARTIAL = {
+    call_block: "w_partial",
+    call_pconv_pw: "w_partial",
+    call_pconv: "weight",
+    call_pconv_: "weight",
+}
 
 
 @pytest.mark.parametrize("call", PARTIAL, ids=lambda c: c.__name__)
@@ -44,7 +57,11 @@ PARTIAL = {call_block: "w_partial", call_pconv_pw: "w_partial", call_pconv: "wei
         ([1.0], TypeError, "x is of type list, expected a torch.Tensor"),
         (torch.ones(40, 6, 7), ValueError, r"x has 3 dimensions \(40, 6, 7\), expected 4"),
         (torch.ones(1, 2, 40, 6, 7), ValueError, "x has 5 dimensions"),
-        (torch.ones(2, 40, 6, 7, dtype=torch.int32), TypeError, "x has dtype torch.int32, expected one of float32"),
+        (
+            torch.ones(2, 40, 6, 7, dtype=torch.int32),
+            TypeError,
+            "x has dtype torch.int32, expected one of float32",
+        ),
         (torch.ones(2, 40, 6, 7, dtype=torch.complex64), TypeError, "x has dtype torch.complex64"),
         (torch.ones(2, 9, 6, 7), ValueError, "convolves 10 channels, expected 1 to x's 9"),
     ],
@@ -61,12 +78,28 @@ def test_x(call, x, error, message):
     [
         (None, TypeError, "is of type NoneType, expected a torch.Tensor"),
         (torch.ones(10, 10, 3), ValueError, "has 3 dimensions"),
-        (torch.ones(10, 10, 5, 5), ValueError, r"has shape \(10, 10, 5, 5\), expected \(10, 10, 3, 3\)"),
-        (torch.ones(10, 11, 3, 3), ValueError, r"has shape \(10, 11, 3, 3\), expected \(10, 10, 3, 3\)"),
+        (
+            torch.ones(10, 10, 5, 5),
+            ValueError,
+            r"has shape \(10, 10, 5, 5\), expected \(10, 10, 3, 3\)",
+        ),
+        (
+            torch.ones(10, 11, 3, 3),
+            ValueError,
+            r"has shape \(10, 11, 3, 3\), expected \(10, 10, 3, 3\)",
+        ),
         (torch.ones(41, 41, 3, 3), ValueError, "convolves 41 channels, expected 1 to x's 40"),
         (torch.ones(0, 0, 3, 3), ValueError, "convolves 0 channels"),
-        (torch.ones(10, 10, 3, 3, dtype=torch.float64), TypeError, "has dtype torch.float64, expected x's dtype torch.float32"),
-        (torch.ones(10, 10, 3, 3, device="meta"), ValueError, "is on meta, expected x's device cpu"),
+        (
+            torch.ones(10, 10, 3, 3, dtype=torch.float64),
+            TypeError,
+            "has dtype torch.float64, expected x's dtype torch.float32",
+        ),
+        (
+            torch.ones(10, 10, 3, 3, device="meta"),
+            ValueError,
+            "is on meta, expected x's device cpu",
+        ),
     ],
     ids=["type", "rank", "kernel", "square", "too_many", "none", "dtype", "device"],
 )
@@ -78,9 +111,17 @@ def test_partial_weight(call, weight, error, message):
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        ({"w_pw1": torch.ones(80, 41, 1, 1)}, ValueError, r"w_pw1 has shape \(80, 41, 1, 1\), expected \(80, 40, 1, 1\)"),
+        (
+            {"w_pw1": torch.ones(80, 41, 1, 1)},
+            ValueError,
+            r"w_pw1 has shape \(80, 41, 1, 1\), expected \(80, 40, 1, 1\)",
+        ),
         ({"w_pw1": torch.ones(80, 40)}, ValueError, "w_pw1 has 2 dimensions"),
-        ({"w_pw2": torch.ones(40, 81, 1, 1)}, ValueError, r"w_pw2 has shape \(40, 81, 1, 1\), expected \(40, 80, 1, 1\)"),
+        (
+            {"w_pw2": torch.ones(40, 81, 1, 1)},
+            ValueError,
+            r"w_pw2 has shape \(40, 81, 1, 1\), expected \(40, 80, 1, 1\)",
+        ),
         ({"w_pw2": torch.ones(40, 80, 1, 1).half()}, TypeError, "w_pw2 has dtype torch.float16"),
         ({"scale": torch.ones(40)}, ValueError, "scale has 40 elements, expected 80"),
         ({"shift": torch.ones(80, 1)}, ValueError, "shift has 2 dimensions"),
@@ -102,7 +143,11 @@ def test_block(changes, error, message):
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        ({"w_pw": torch.ones(80, 41, 1, 1)}, ValueError, r"w_pw has shape \(80, 41, 1, 1\), expected \(80, 40, 1, 1\)"),
+        (
+            {"w_pw": torch.ones(80, 41, 1, 1)},
+            ValueError,
+            r"w_pw has shape \(80, 41, 1, 1\), expected \(80, 40, 1, 1\)",
+        ),
         ({"w_pw": torch.ones(80, 40, 3, 3)}, ValueError, "w_pw has shape"),
         ({"scale": torch.ones(79)}, ValueError, "scale has 79 elements, expected 80"),
         ({"act": "softmax"}, ValueError, "act is 'softmax'"),
@@ -124,7 +169,11 @@ def test_in_place_refusals():
         (leaf, weight, "x is a leaf that requires grad"),
         (expanded, weight, "x overlaps itself"),
         (windows, weight, "x overlaps itself"),
-        (shared[: 40 * 42].view(1, 40, 6, 7), shared[-900:].view(10, 10, 3, 3), "x shares memory with weight"),
+        (
+            shared[: 40 * 42].view(1, 40, 6, 7),
+            shared[-900:].view(10, 10, 3, 3),
+            "x shares memory with weight",
+        ),
     ]:
         before = x.detach().clone()
         with pytest.raises(ValueError, match=message):
@@ -143,7 +192,11 @@ def test_in_place_on_a_view_of_a_leaf():
 
 
 def test_a_failing_call_leaves_x_alone():
-    for bad in (torch.ones(10, 10, 5, 5), torch.ones(41, 41, 3, 3), torch.ones(10, 10, 3, 3).double()):
+    for bad in (
+        torch.ones(10, 10, 5, 5),
+        torch.ones(41, 41, 3, 3),
+        torch.ones(10, 10, 3, 3).double(),
+    ):
         x = image(CASE)
         before = x.clone()
         with pytest.raises((TypeError, ValueError)):
@@ -162,19 +215,34 @@ def test_raw_ops_check_what_memory_safety_needs():
         (lambda: ops.block_packed(x, pack, 10, 81, None, "relu"), "pack does not fit"),
         (lambda: ops.block_packed(x, pack, 41, 80, None, "relu"), "c_partial is 41"),
         (lambda: ops.block_packed(x, pack, 0, 80, None, "relu"), "c_partial is 0"),
-        (lambda: ops.block_packed(x, pack, 10, 80, torch.ones(3), "relu"), "sample_scale has the wrong shape"),
+        (
+            lambda: ops.block_packed(x, pack, 10, 80, torch.ones(3), "relu"),
+            "sample_scale has the wrong shape",
+        ),
         (lambda: ops.block_packed(x, pack, 10, 80, None, "tanh"), "act is 'tanh'"),
         (lambda: ops.block_packed(x[0], pack, 10, 80, None, "relu"), "x has 3 dimensions"),
         (lambda: ops.pconv_pw_packed(x, pack, 10, 80, "relu"), "pack does not fit"),
         (lambda: ops.patch_conv_packed(x, pack, 8, 2, 2), "pack does not fit"),
         (lambda: ops.patch_conv_packed(x, pack, 8, 0, 2), "at least 1"),
         (lambda: ops.head_packed(x, pack, 8, 9, "relu"), "pack does not fit"),
-        (lambda: ops.head_packed(x[:, :, :0], ops.pack([w["w_pw1"], w["w_pw1"]], [None] * 2, [None] * 2), 80, 80, "relu"), "."),
+        (
+            lambda: ops.head_packed(
+                x[:, :, :0],
+                ops.pack([w["w_pw1"], w["w_pw1"]], [None] * 2, [None] * 2),
+                80,
+                80,
+                "relu",
+            ),
+            ".",
+        ),
         (lambda: ops.pconv3x3(x, torch.ones(10, 11, 3, 3)), "weight has the wrong shape"),
         (lambda: ops.pconv3x3(x.int(), w["w_partial"].int()), "unsupported dtype"),
         (lambda: ops.pack([w["w_pw1"]], [], [None]), "as many scales and shifts as weights"),
         (lambda: ops.pack([w["w_pw1"]], [torch.ones(3)], [None]), "scale has the wrong shape"),
-        (lambda: ops.pack([w["w_pw1"], w["w_pw2"].double()], [None] * 2, [None] * 2), "weights of one dtype"),
+        (
+            lambda: ops.pack([w["w_pw1"], w["w_pw2"].double()], [None] * 2, [None] * 2),
+            "weights of one dtype",
+        ),
         (lambda: ops.pconv3x3_(x[:1].expand(2, -1, -1, -1), w["w_partial"]), "overlaps itself"),
     ]:
         with pytest.raises((RuntimeError, ValueError), match=message):

@@ -37,13 +37,22 @@ def run(code_or_module, cwd, *, isa=None, arguments=()):
         env["FASTERNET_KERNELS_ISA"] = isa
     flag = ["-m", code_or_module] if code_or_module.isidentifier() else ["-c", code_or_module]
     return subprocess.run(
-        [sys.executable, *flag, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, *flag, *arguments],
+        cwd=cwd,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
 @pytest.fixture
 def copied_package(tmp_path):
-    shutil.copytree(PACKAGE, tmp_path / "fasternet_kernels", ignore=shutil.ignore_patterns("_C.so", "__pycache__"))
+    shutil.copytree(
+        PACKAGE,
+        tmp_path / "fasternet_kernels",
+        ignore=shutil.ignore_patterns("_C.so", "__pycache__"),
+    )
     return tmp_path
 
 
@@ -57,7 +66,8 @@ def test_loaded_and_overriding():
 
 @pytest.mark.parametrize("library", [None, b"no shared library"], ids=["missing", "unloadable"])
 def test_without_the_library(copied_package, library):
-    """Importing works, warns once with the reason, and the ops run their reference; info says so; check and the tests fail."""
+    """Importing works, warns once with the reason, and the ops run their reference; info says so;
+    check and the tests fail."""
     if library is not None:
         (copied_package / "fasternet_kernels" / "_C.so").write_bytes(library)
     reason = "does not exist" if library is None else "cannot be loaded"
@@ -65,7 +75,10 @@ def test_without_the_library(copied_package, library):
     assert result.returncode == 0, result.stderr
     assert "warnings 1\n" in result.stdout and reason in result.stdout
     assert "loaded=False" in result.stdout
-    program = "import sys, warnings; warnings.simplefilter('ignore'); from fasternet_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
+    program = (
+        "import sys, warnings; warnings.simplefilter('ignore');"
+        "from fasternet_kernels.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
     info = run(program, copied_package, arguments=["info"])
     assert info.returncode == 0 and "NOT LOADED" in info.stdout and reason in info.stdout
     assert run(program, copied_package, arguments=["check"]).returncode == 1
@@ -84,7 +97,10 @@ def test_the_suite_refuses_to_run_without_the_library(copied_package):
 def test_an_unknown_isa_is_an_error(isa):
     result = run("import fasternet_kernels", PACKAGE.parent, isa=isa)
     assert result.returncode != 0
-    assert f"FASTERNET_KERNELS_ISA is '{isa}', expected one that this machine has: generic" in result.stderr
+    assert (
+        f"FASTERNET_KERNELS_ISA is '{isa}', expected one that this machine has: generic"
+        in result.stderr
+    )
 
 
 @pytest.mark.parametrize("isa", fk.library.status().available_isas)
@@ -99,10 +115,13 @@ def test_packs_fit_every_isa():
     """A pack made by one instruction set serves another: the layout is one."""
     code = (
         "import torch, fasternet_kernels, hashlib; torch.manual_seed(0);"
-        "p = torch.ops.fasternet_kernels.pack([torch.randn(40, 10, 3, 3), torch.randn(33, 40)], [None, None], [None, None]);"
+        "w = [torch.randn(40, 10, 3, 3), torch.randn(33, 40)];"
+        "p = torch.ops.fasternet_kernels.pack(w, [None, None], [None, None]);"
         "print(hashlib.sha256(p.numpy().tobytes()).hexdigest())"
     )
-    digests = {run(code, PACKAGE.parent, isa=isa).stdout for isa in fk.library.status().available_isas}
+    digests = {
+        run(code, PACKAGE.parent, isa=isa).stdout for isa in fk.library.status().available_isas
+    }
     assert len(digests) == 1 and digests.pop().strip()
 
 

@@ -1,4 +1,5 @@
-"""Every op against float64: forward, gradients, layouts, special values, and that the bits do not move."""
+"""Every op against float64: forward, gradients, layouts, special values, and that the bits do not
+move."""
 
 import pytest
 import torch
@@ -54,7 +55,16 @@ def plain_pconv_pw(x, w_partial, w_pw, scale, shift, act, conv=F.conv2d):
 
 
 def plain_block(
-    x, w_partial, w_pw1, w_pw2, scale=None, shift=None, layer_scale=None, sample_scale=None, act="relu", conv=F.conv2d
+    x,
+    w_partial,
+    w_pw1,
+    w_pw2,
+    scale=None,
+    shift=None,
+    layer_scale=None,
+    sample_scale=None,
+    act="relu",
+    conv=F.conv2d,
 ):
     y = conv(plain_pconv_pw(x, w_partial, w_pw1, scale, shift, act, conv), w_pw2)
     y = y if layer_scale is None else y * vector(layer_scale).to(y.dtype)
@@ -72,16 +82,21 @@ def plain_head(x, w_conv, b_conv, w_fc, b_fc, act, conv=F.conv2d):
     pooled = x.mean((2, 3), keepdim=True)
     b_conv = b_conv if b_conv is None else b_conv.to(x.dtype)
     b_fc = b_fc if b_fc is None else b_fc.to(x.dtype)
-    return conv(plain_act(conv(pooled, w_conv, b_conv), act), w_fc[:, :, None, None], b_fc).flatten(1)
+    return conv(plain_act(conv(pooled, w_conv, b_conv), act), w_fc[:, :, None, None], b_fc).flatten(
+        1
+    )
 
 
 def check(op, plain, x, *args, fmt=None, **kwargs):
-    """op(x, *args) against plain in float64; eager plain and a plain loop in x's dtype set the bar. Inputs must not change."""
+    """op(x, *args) against plain in float64; eager plain and a plain loop in x's dtype set the bar.
+    Inputs must not change."""
     tensors = [t for t in (x, *args, *kwargs.values()) if isinstance(t, torch.Tensor)]
     before = [t.clone() for t in tensors]
     y = op(x, *args, **kwargs)
     for t, b in zip(tensors, before):
-        assert torch.equal(t, b) or (t.isnan().any() and torch.equal(t.nan_to_num(), b.nan_to_num())), "an input changed"
+        assert torch.equal(t, b) or (
+            t.isnan().any() and torch.equal(t.nan_to_num(), b.nan_to_num())
+        ), "an input changed"
     exact = plain(double(x), *double(args), **double(kwargs))
     assert_right(
         y,
@@ -91,7 +106,9 @@ def check(op, plain, x, *args, fmt=None, **kwargs):
         what=getattr(op, "__name__", str(op)),
     )
     if y.dim() == 4 and y.numel() > 0:
-        assert y.is_contiguous(memory_format=fmt or reference.memory_format(x)), f"strides {y.stride()}"
+        assert y.is_contiguous(memory_format=fmt or reference.memory_format(x)), (
+            f"strides {y.stride()}"
+        )
     return y
 
 
@@ -102,7 +119,7 @@ def block_args(case, dtype, scales=True):
     return [w[name] if scales or name.startswith("w_") else None for name in names]
 
 
-# ---- Parity ---------------------------------------------------------------------------------------------------------------
+# ---- Parity --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("case", STAGES, ids=lambda c: c.id)
@@ -130,7 +147,9 @@ def test_pconv3x3(case, dtype, fmt):
     y = check(OPS.pconv3x3, plain_pconv, x, w)
     assert torch.equal(y[:, case.c_partial :], x[:, case.c_partial :])
     # In place: the same bits, and nothing else in the memory around x moves.
-    wide = randn(case.batch, case.channels + 6, case.height, case.width, seed=9, dtype=x.dtype).to(memory_format=FORMATS[fmt])
+    wide = randn(case.batch, case.channels + 6, case.height, case.width, seed=9, dtype=x.dtype).to(
+        memory_format=FORMATS[fmt]
+    )
     wide[:, 2:-4] = x
     before = wide.clone()
     inner = wide[:, 2:-4]
@@ -145,7 +164,16 @@ def test_pconv3x3(case, dtype, fmt):
 def test_pconv_pw(case, dtype, fmt):
     w = weights(case, DTYPES[dtype])
     x = image(case, DTYPES[dtype], FORMATS[fmt])
-    check(OPS.pconv_pw, plain_pconv_pw, x, w["w_partial"], w["w_pw1"], w["scale"], w["shift"], case.act)
+    check(
+        OPS.pconv_pw,
+        plain_pconv_pw,
+        x,
+        w["w_partial"],
+        w["w_pw1"],
+        w["scale"],
+        w["shift"],
+        case.act,
+    )
     check(OPS.pconv_pw, plain_pconv_pw, x, w["w_partial"], w["w_pw1"], None, None, case.act)
 
 
@@ -193,20 +221,25 @@ def test_head(batch, act, dtype, fmt):
     check(OPS.head, plain_head, x, w_conv, None, w_fc, None, act)
 
 
-# ---- Packs ----------------------------------------------------------------------------------------------------------------
+# ---- Packs ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("n, c, k", [(1, 1, 1), (8, 3, 3), (9, 5, 1), (16, 4, 2), (17, 7, 3), (40, 10, 3), (33, 300, 1)])
+@pytest.mark.parametrize(
+    "n, c, k", [(1, 1, 1), (8, 3, 3), (9, 5, 1), (16, 4, 2), (17, 7, 3), (40, 10, 3), (33, 300, 1)]
+)
 def test_pack_layout(n, c, k, dtype):
-    """The compiled packing has the documented layout, which the reference writes with reshapes; unpacking inverts it."""
+    """The compiled packing has the documented layout, which the reference writes with reshapes;
+    unpacking inverts it."""
     dtype = DTYPES[dtype]
     compute = reference.compute_dtype(dtype)
     w, w2 = randn(n, c, k, k, seed=1, dtype=dtype), randn(n + 3, c, seed=2, dtype=dtype)
     scale, shift = randn(n, seed=3, dtype=compute), randn(n + 3, seed=4, dtype=compute)
     pack = OPS.pack([w, w2], [scale, None], [None, shift])
     assert torch.equal(pack, reference.pack([w, w2], [scale, None], [None, shift]))
-    (first, no_shift), (second, got_shift) = reference.unpack(pack, [(n, c, k, k), (n + 3, c, 1, 1)])
+    (first, no_shift), (second, got_shift) = reference.unpack(
+        pack, [(n, c, k, k), (n + 3, c, 1, 1)]
+    )
     assert torch.equal(first, (w.double() * scale.double()[:, None, None, None]).to(compute))
     assert torch.equal(second[:, :, 0, 0], w2.to(compute))
     assert torch.equal(got_shift, shift) and not no_shift.any()
@@ -219,7 +252,9 @@ def test_packed_ops(case, dtype, fmt):
     """The ops on packs, with scale and layer_scale folded in, hold the same criterion."""
     x, w = image(case, DTYPES[dtype], FORMATS[fmt]), weights(case, DTYPES[dtype])
     pack = OPS.pack(
-        [w["w_partial"], w["w_pw1"], w["w_pw2"]], [None, w["scale"], w["layer_scale"]], [None, w["shift"], None]
+        [w["w_partial"], w["w_pw1"], w["w_pw2"]],
+        [None, w["scale"], w["layer_scale"]],
+        [None, w["shift"], None],
     )
 
     def packed_block(x, *args):
@@ -231,19 +266,36 @@ def test_packed_ops(case, dtype, fmt):
     def packed_pconv_pw(x, *args):
         return OPS.pconv_pw_packed(x, pack_pw, case.c_partial, case.c_hidden, case.act)
 
-    check(packed_pconv_pw, plain_pconv_pw, x, w["w_partial"], w["w_pw1"], w["scale"], w["shift"], case.act)
+    check(
+        packed_pconv_pw,
+        plain_pconv_pw,
+        x,
+        w["w_partial"],
+        w["w_pw1"],
+        w["scale"],
+        w["shift"],
+        case.act,
+    )
 
 
 def small_network(dtype):
-    """(packs, plan, the same in plain float ops) of stem, block, emit, merging, block, emit, head."""
+    """(packs, plan, the same in plain float ops) of stem, block, emit, merging, block, emit,
+    head."""
     stem = randn(24, 3, 4, 4, seed=1, dtype=dtype, scale=0.15)
     merge = randn(48, 24, 2, 2, seed=2, dtype=dtype, scale=0.1)
     first, second = (weights(Case(1, c, 1, 1), dtype) for c in (24, 48))
-    w_conv, w_fc = randn(64, 48, 1, 1, seed=3, dtype=dtype, scale=0.2), randn(10, 64, seed=4, dtype=dtype, scale=0.2)
+    w_conv, w_fc = (
+        randn(64, 48, 1, 1, seed=3, dtype=dtype, scale=0.2),
+        randn(10, 64, seed=4, dtype=dtype, scale=0.2),
+    )
     vectors = [randn(n, seed=5, dtype=reference.compute_dtype(dtype)) for n in (24, 48, 64, 10)]
 
     def pack_block(w):
-        return OPS.pack([w["w_partial"], w["w_pw1"], w["w_pw2"]], [None, w["scale"], None], [None, w["shift"], None])
+        return OPS.pack(
+            [w["w_partial"], w["w_pw1"], w["w_pw2"]],
+            [None, w["scale"], None],
+            [None, w["shift"], None],
+        )
 
     packs = [
         OPS.pack([stem], [None], [vectors[0]]),
@@ -253,7 +305,24 @@ def small_network(dtype):
         OPS.pack([w_conv, w_fc], [None, None], [vectors[2], vectors[3]]),
     ]
     emit = [EMIT, 0, 0, 0, 0]
-    plan = [PATCH_CONV, 24, 4, 4, 0, BLOCK, 6, 48, 0, ACTS.index("gelu"), *emit, PATCH_CONV, 48, 2, 2, 0]
+    plan = [
+        PATCH_CONV,
+        24,
+        4,
+        4,
+        0,
+        BLOCK,
+        6,
+        48,
+        0,
+        ACTS.index("gelu"),
+        *emit,
+        PATCH_CONV,
+        48,
+        2,
+        2,
+        0,
+    ]
     plan += [BLOCK, 12, 96, 0, ACTS.index("relu"), *emit, HEAD, 64, 10, 0, ACTS.index("gelu")]
 
     def plain(x, conv=F.conv2d):
@@ -266,7 +335,11 @@ def small_network(dtype):
 
         a = block(plain_patch_conv(x, to(stem), None, vectors[0], conv), first, "gelu")
         b = block(plain_patch_conv(a, to(merge), None, vectors[1], conv), second, "relu")
-        return [a, b, plain_head(b, to(w_conv), to(vectors[2]), to(w_fc), to(vectors[3]), "gelu", conv)]
+        return [
+            a,
+            b,
+            plain_head(b, to(w_conv), to(vectors[2]), to(w_fc), to(vectors[3]), "gelu", conv),
+        ]
 
     return packs, plan, plain
 
@@ -310,16 +383,21 @@ def test_network_refuses_bad_plans(plan, message):
         OPS.network(torch.ones(1, 3, 16, 16), packs, plan)
 
 
-# ---- Properties -------------------------------------------------------------------------------------------------------------
+# ---- Properties ----------------------------------------------------------------------------------
 
 
 def all_forward_calls(x, case, w):
     """name -> call, for every compiled op that maps images to images."""
-    pack = OPS.pack([w["w_partial"], w["w_pw1"], w["w_pw2"]], [None, w["scale"], None], [None, w["shift"], None])
+    pack = OPS.pack(
+        [w["w_partial"], w["w_pw1"], w["w_pw2"]], [None, w["scale"], None], [None, w["shift"], None]
+    )
     pack_pw = OPS.pack([w["w_partial"], w["w_pw1"]], [None, w["scale"]], [None, w["shift"]])
     patch = randn(24, case.channels, 2, 2, seed=11, dtype=x.dtype)
     pack_patch = OPS.pack([patch], [None], [None])
-    w_conv, w_fc = randn(33, case.channels, 1, 1, seed=12, dtype=x.dtype), randn(21, 33, seed=13, dtype=x.dtype)
+    w_conv, w_fc = (
+        randn(33, case.channels, 1, 1, seed=12, dtype=x.dtype),
+        randn(21, 33, seed=13, dtype=x.dtype),
+    )
     pack_head = OPS.pack([w_conv, w_fc], [None, None], [None, None])
     cp, ch = case.c_partial, case.c_hidden
 
@@ -331,7 +409,9 @@ def all_forward_calls(x, case, w):
     return {
         "pconv3x3": lambda x: OPS.pconv3x3(x, w["w_partial"]),
         "pconv3x3_": in_place,
-        "pconv_pw": lambda x: OPS.pconv_pw(x, w["w_partial"], w["w_pw1"], w["scale"], w["shift"], case.act),
+        "pconv_pw": lambda x: OPS.pconv_pw(
+            x, w["w_partial"], w["w_pw1"], w["scale"], w["shift"], case.act
+        ),
         "pconv_pw_packed": lambda x: OPS.pconv_pw_packed(x, pack_pw, cp, ch, case.act),
         "block": lambda x: OPS.block(
             x, w["w_partial"], w["w_pw1"], w["w_pw2"], w["scale"], w["shift"], None, None, case.act
@@ -364,7 +444,8 @@ def test_bits_do_not_depend_on_threads_or_batch(dtype, act, threads):
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_in_place_with_threads(n, fmt, threads):
-    """Threads overwrite rows that their neighbours read: any number of them gives the out-of-place bits."""
+    """Threads overwrite rows that their neighbours read: any number of them gives the out-of-place
+    bits."""
     threads(n)
     for case in (Case(1, 40, 23, 17), Case(3, 24, 2, 9), Case(2, 16, 1, 5)):
         x, w = image(case, memory_format=FORMATS[fmt]), weights(case)["w_partial"]
@@ -379,7 +460,8 @@ def test_in_place_with_threads(n, fmt, threads):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("channel", [0, 39], ids=["convolved", "untouched"])
 def test_special_values(act, value, channel):
-    """One special value in the input comes out where the float64 reference puts it, and nowhere else."""
+    """One special value in the input comes out where the float64 reference puts it, and nowhere
+    else."""
     case = Case(2, 40, 6, 7, act=act)
     x, w = image(case), weights(case)
     x[1, channel, 2, 3] = value
@@ -399,8 +481,14 @@ def test_special_values(act, value, channel):
 def test_activations_over_their_range(act):
     """The vector activations, through an identity pointwise convolution, over all magnitudes."""
     magnitude = torch.logspace(-30, 3, 2000, dtype=torch.float64)
-    values = torch.cat((magnitude, -magnitude, torch.linspace(-12, 12, 4000, dtype=torch.float64))).float()
-    x = values.reshape(1, 1, -1, 1).expand(1, 8, -1, 1).contiguous(memory_format=torch.channels_last)
+    values = torch.cat(
+        (magnitude, -magnitude, torch.linspace(-12, 12, 4000, dtype=torch.float64))
+    ).float()
+    x = (
+        values.reshape(1, 1, -1, 1)
+        .expand(1, 8, -1, 1)
+        .contiguous(memory_format=torch.channels_last)
+    )
     w_partial = torch.zeros(1, 1, 3, 3)
     w_partial[0, 0, 1, 1] = 1
     eye = torch.eye(8)[:, :, None, None]
@@ -414,7 +502,8 @@ def test_activations_over_their_range(act):
 
 
 def test_mixed_dtypes_follow_autocast():
-    """x in float32 beside bfloat16 weights: rounded for the convolutions, uncast in the residual, result float32."""
+    """x in float32 beside bfloat16 weights: rounded for the convolutions, uncast in the residual,
+    result float32."""
     case = Case(2, 40, 7, 9)
     x, w = image(case), weights(case, torch.bfloat16)
     rounded = x.to(torch.bfloat16)
@@ -426,19 +515,24 @@ def test_mixed_dtypes_follow_autocast():
     assert_right(y, x.double() + branch, x + (plain_block(rounded, *args) - rounded).float())
     assert (y.double() - x.double() - zero).norm() < 0.01 * zero.norm()
     z = OPS.pconv_pw(x, *args[:2], None, None, "relu")
-    assert z.dtype == torch.bfloat16 and torch.equal(z, OPS.pconv_pw(rounded, *args[:2], None, None, "relu"))
+    assert z.dtype == torch.bfloat16 and torch.equal(
+        z, OPS.pconv_pw(rounded, *args[:2], None, None, "relu")
+    )
     u = OPS.pconv3x3(x, w["w_partial"])
     assert u.dtype == torch.float32 and torch.equal(u[:, 10:], x[:, 10:])
     assert torch.equal(u[:, :10], OPS.pconv3x3(rounded, w["w_partial"])[:, :10].float())
 
 
-# ---- Gradients --------------------------------------------------------------------------------------------------------------
+# ---- Gradients -----------------------------------------------------------------------------------
 
 
 def training_args(case, dtype):
-    """Arguments of act_pw_residual and bn_act: z, its statistics as vectors, and the rest of a block."""
+    """Arguments of act_pw_residual and bn_act: z, its statistics as vectors, and the rest of a
+    block."""
     w = weights(case, dtype)
-    z = randn(case.batch, case.c_hidden, case.height, case.width, seed=21, dtype=dtype).to(memory_format=torch.channels_last)
+    z = randn(case.batch, case.c_hidden, case.height, case.width, seed=21, dtype=dtype).to(
+        memory_format=torch.channels_last
+    )
     mean = randn(case.c_hidden, seed=22, dtype=reference.compute_dtype(dtype))
     return z, mean, w["scale"], w["shift"], w["w_pw2"], w["layer_scale"], w["sample_scale"]
 
@@ -468,7 +562,10 @@ def differentiable(case, dtype, act):
     compute = reference.compute_dtype(dtype)
     patch = randn(12, case.channels, 2, 2, seed=23, dtype=dtype, scale=0.2)
     vectors = [randn(12, seed=s, dtype=compute) for s in (24, 25)]
-    w_conv, w_fc = randn(9, case.channels, 1, 1, seed=26, dtype=dtype), randn(5, 9, seed=27, dtype=dtype)
+    w_conv, w_fc = (
+        randn(9, case.channels, 1, 1, seed=26, dtype=dtype),
+        randn(5, 9, seed=27, dtype=dtype),
+    )
     biases = [randn(n, seed=28, dtype=dtype) for n in (9, 5)]
     partial, pw1 = w["w_partial"], w["w_pw1"]
     return {
@@ -480,7 +577,11 @@ def differentiable(case, dtype, act):
             plain_block,
             (x, partial, pw1, w_pw2, scale, shift, layer_scale, sample_scale, act),
         ),
-        "block_bare": (OPS.block, plain_block, (x, partial, pw1, w_pw2, None, None, None, None, act)),
+        "block_bare": (
+            OPS.block,
+            plain_block,
+            (x, partial, pw1, w_pw2, None, None, None, None, act),
+        ),
         "patch_conv": (OPS.patch_conv, plain_patch_conv, (x, patch, *vectors)),
         "patch_conv_bare": (OPS.patch_conv, plain_patch_conv, (x, patch, None, None)),
         "head": (OPS.head, plain_head, (x, w_conv, biases[0], w_fc, biases[1], act)),
@@ -506,7 +607,9 @@ DIFFERENTIABLE = list(differentiable(Case(2, 8, 4, 4), torch.float32, "relu"))
 def run_gradients(fn, args, needs, incoming):
     """Gradients of sum(outputs * incoming) for the arguments that need them."""
     leaves = [
-        a.detach().clone(memory_format=torch.preserve_format).requires_grad_(need) if isinstance(a, torch.Tensor) else a
+        a.detach().clone(memory_format=torch.preserve_format).requires_grad_(need)
+        if isinstance(a, torch.Tensor)
+        else a
         for a, need in zip(args, needs)
     ]
     outputs = fn(*leaves)
@@ -524,7 +627,11 @@ def incoming_gradient(kind):
             g = g.to(memory_format=torch.channels_last)
         elif kind == "strided":
             g = torch.stack((g, g), dim=-1)[..., 0]
-        return g.to(output.dtype) if kind != "expanded" else g[(slice(0, 1),) * g.dim()].to(output.dtype).expand(output.shape)
+        return (
+            g.to(output.dtype)
+            if kind != "expanded"
+            else g[(slice(0, 1),) * g.dim()].to(output.dtype).expand(output.shape)
+        )
 
     return make
 
@@ -539,7 +646,14 @@ def test_gradients(name, dtype, kind):
     needs = [isinstance(a, torch.Tensor) for a in args]
     incoming = incoming_gradient(kind)
     _, got = run_gradients(op, args, needs, incoming)
-    _, exact = run_gradients(plain, double(args), needs, lambda i, o: incoming(i, o.to(DTYPES[dtype]) if o.dim() != 1 else o.to(reference.compute_dtype(DTYPES[dtype]))).double())
+    _, exact = run_gradients(
+        plain,
+        double(args),
+        needs,
+        lambda i, o: incoming(
+            i, o.to(DTYPES[dtype]) if o.dim() != 1 else o.to(reference.compute_dtype(DTYPES[dtype]))
+        ).double(),
+    )
     _, eager = run_gradients(plain, args, needs, incoming)
     for i, (g, e, rival) in enumerate(zip(got, exact, eager)):
         if needs[i]:
@@ -572,7 +686,8 @@ def test_only_the_gradients_asked_for(name):
 
 
 def test_in_place_gradients():
-    """pconv3x3_ in a graph: gradients for x, for the weight, and for a second use of what it returns."""
+    """pconv3x3_ in a graph: gradients for x, for the weight, and for a second use of what it
+    returns."""
     case = Case(2, 24, 5, 6)
     x, w = image(case, torch.float64), weights(case, torch.float64)["w_partial"]
 
@@ -581,10 +696,14 @@ def test_in_place_gradients():
         assert fk.pconv3x3_(y, w) is y
         return y
 
-    assert torch.autograd.gradcheck(in_place, (x[:, :8, :3, :3].clone().requires_grad_(), w[:2, :2].clone().requires_grad_()))
+    assert torch.autograd.gradcheck(
+        in_place, (x[:, :8, :3, :3].clone().requires_grad_(), w[:2, :2].clone().requires_grad_())
+    )
     for needs in ((True, True), (True, False), (False, True)):
         _, got = run_gradients(in_place, (x, w), needs, incoming_gradient("contiguous"))
-        _, exact = run_gradients(lambda x, w: plain_pconv(x * 1.5, w), (x, w), needs, incoming_gradient("contiguous"))
+        _, exact = run_gradients(
+            lambda x, w: plain_pconv(x * 1.5, w), (x, w), needs, incoming_gradient("contiguous")
+        )
         for g, e in zip(got, exact):
             assert (g is None) == (e is None)
             if g is not None:
@@ -619,11 +738,15 @@ def test_statistics_of_a_large_mean():
     eye = torch.eye(8, dtype=torch.float64)[:, :, None, None]
     z, mean, m2 = OPS.pw_stats(x.float(), w_partial.float(), eye.float())
     exact = z.double()
-    assert (mean.double() - exact.mean((0, 2, 3))).abs().max() < 1e4 * torch.finfo(torch.float32).eps
-    assert ((m2.double() / 1024).sqrt() - exact.var((0, 2, 3), unbiased=False).sqrt()).abs().max() < 1e-5
+    assert (mean.double() - exact.mean((0, 2, 3))).abs().max() < 1e4 * torch.finfo(
+        torch.float32
+    ).eps
+    assert (
+        (m2.double() / 1024).sqrt() - exact.var((0, 2, 3), unbiased=False).sqrt()
+    ).abs().max() < 1e-5
 
 
-# ---- opcheck, FLOPs -----------------------------------------------------------------------------------------------------------
+# ---- opcheck, FLOPs ------------------------------------------------------------------------------
 
 
 def opcheck_samples():
@@ -639,7 +762,10 @@ def opcheck_samples():
             pack = reference.pack([partial, pw1, w_pw2], [None, scale, None], [None, shift, None])
             pack_pw = reference.pack([partial, pw1], [None, scale], [None, shift])
             patch = randn(8, 16, 2, 2, seed=41, dtype=dtype)
-            w_conv, w_fc = randn(9, 16, 1, 1, seed=42, dtype=dtype), randn(5, 9, seed=43, dtype=dtype)
+            w_conv, w_fc = (
+                randn(9, 16, 1, 1, seed=42, dtype=dtype),
+                randn(5, 9, seed=43, dtype=dtype),
+            )
             packs, plan, _ = small_network(dtype)
             pixels = randn(1, 3, 16, 16, seed=44, dtype=dtype).to(memory_format=fmt)
             g, g_hidden = x.flip(0).contiguous(memory_format=fmt), z.to(memory_format=fmt)
@@ -652,7 +778,17 @@ def opcheck_samples():
                 ("pack", [partial, w_fc], [None, None], [None, mean[:5]]),
                 ("pconv_pw", x, partial, pw1, scale, None, "gelu"),
                 ("pconv_pw_packed", x, pack_pw, 4, 32, "gelu"),
-                ("pconv_pw_backward", g_hidden, x, partial, pw1, scale, shift, "gelu", [True, True, True, False, True]),
+                (
+                    "pconv_pw_backward",
+                    g_hidden,
+                    x,
+                    partial,
+                    pw1,
+                    scale,
+                    shift,
+                    "gelu",
+                    [True, True, True, False, True],
+                ),
                 ("block", x, partial, pw1, w_pw2, scale, shift, layer, sample, "relu"),
                 ("block_packed", x, pack, 4, 32, sample, "relu"),
                 (
@@ -662,15 +798,59 @@ def opcheck_samples():
                 ),
                 ("patch_conv", x, patch, None, None, True),
                 ("patch_conv_packed", x, reference.pack([patch], [None], [None]), 8, 2, 2),
-                ("patch_conv_backward", randn(2, 8, 2, 3, seed=46, dtype=dtype), x, patch, None, None, [True, True, False, False]),
+                (
+                    "patch_conv_backward",
+                    randn(2, 8, 2, 3, seed=46, dtype=dtype),
+                    x,
+                    patch,
+                    None,
+                    None,
+                    [True, True, False, False],
+                ),
                 ("head", x, w_conv, None, w_fc, None, "gelu"),
-                ("head_packed", x, reference.pack([w_conv, w_fc], [None, None], [None, None]), 9, 5, "gelu"),
-                ("head_backward", randn(2, 5, seed=47, dtype=dtype), x, w_conv, None, w_fc, None, "gelu", [True, True, False, True, False]),
+                (
+                    "head_packed",
+                    x,
+                    reference.pack([w_conv, w_fc], [None, None], [None, None]),
+                    9,
+                    5,
+                    "gelu",
+                ),
+                (
+                    "head_backward",
+                    randn(2, 5, seed=47, dtype=dtype),
+                    x,
+                    w_conv,
+                    None,
+                    w_fc,
+                    None,
+                    "gelu",
+                    [True, True, False, True, False],
+                ),
                 ("network", pixels, packs, plan),
                 ("pw_stats", x, partial, pw1),
-                ("pw_stats_backward", g_hidden, *dstats, x, z, mean, partial, pw1, [True, True, True]),
+                (
+                    "pw_stats_backward",
+                    g_hidden,
+                    *dstats,
+                    x,
+                    z,
+                    mean,
+                    partial,
+                    pw1,
+                    [True, True, True],
+                ),
                 ("bn_act", z, mean, scale, shift, "silu"),
-                ("bn_act_backward", g_hidden, z, mean, scale, shift, "silu", [True, True, False, True]),
+                (
+                    "bn_act_backward",
+                    g_hidden,
+                    z,
+                    mean,
+                    scale,
+                    shift,
+                    "silu",
+                    [True, True, False, True],
+                ),
                 ("act_pw_residual", x, z, mean, scale, shift, w_pw2, layer, sample, "relu"),
                 (
                     "act_pw_residual_backward",
@@ -695,7 +875,10 @@ def test_opcheck(name):
     for args in OPCHECK[name]:
         torch.library.opcheck(getattr(OPS, name), args)
         if trainable:
-            leaves = tuple(a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args)
+            leaves = tuple(
+                a.detach().clone().requires_grad_() if isinstance(a, torch.Tensor) else a
+                for a in args
+            )
             torch.library.opcheck(getattr(OPS, name), leaves)
 
 
@@ -707,7 +890,9 @@ def test_flops(name):
     needs = [isinstance(a, torch.Tensor) for a in args]
     counts = []
     for fn in (op, plain):
-        leaves = [a.detach().clone().requires_grad_(need) if need else a for a, need in zip(args, needs)]
+        leaves = [
+            a.detach().clone().requires_grad_(need) if need else a for a, need in zip(args, needs)
+        ]
         with FlopCounterMode(display=False) as counter:
             fn(*leaves)
         counts.append(counter.get_total_flops())
