@@ -26,9 +26,9 @@ from .modules import (
     FusedPatchConv,
     PackingModule,
     PConv,
+    Sources,
     _autocast_dtype,
     _hooked,
-    _identity_of,
     act_name,
 )
 from .reference import ACTS, BLOCK, HEAD, PATCH_CONV, compute_dtype
@@ -418,15 +418,15 @@ class NetworkForward:
     module.
 
     An instance stands in the model's ``__dict__`` under ``forward``, so that copies and pickles of
-    the model carry their own. Before each fused call it makes sure that the model still has the
-    modules it was made for, without hooks.
+    the model carry their own. A plan of packed weights is kept from call to call; each call makes
+    sure that the model still has the modules, parameters, buffers and modes that it was made of,
+    and no hooks.
     """
 
     def __init__(self, model: nn.Module, steps, head: dict[str, tuple[str, ...]], act: str):
         self.model = model
-        self.inner = model.__dict__.get(
-            "forward"
-        )  # the model's own per-instance forward, if it has one
+        # The model's own per-instance forward, if it has one.
+        self.inner = model.__dict__.get("forward")
         self.steps = [_resolve(model, path) for path in steps]
         self.head = head
         self.act = act
@@ -434,49 +434,37 @@ class NetworkForward:
         self.outside = [
             (m, tuple(m._modules.values())) for m in model.modules() if id(m) not in inside
         ]
-        self._pack = None
+        self._kept: tuple[_Snapshot, list[Tensor], list[int]] | None = None
 
     def drop_pack(self) -> None:
-        """Forgets the packed head."""
-        self._pack = None
+        """Forgets the plan; the next call makes a new one from the packs of the modules."""
+        self._kept = None
 
     def __getstate__(self):
-        return {**self.__dict__, "_pack": None}
+        return {**self.__dict__, "_kept": None}
 
     def modules_run(self, x: Tensor):
         """The model as it is, module by module."""
-        return type(self.model).forward(self.model, x) if self.inner is None else self.inner(x)
+        if self.inner is not None:
+            return self.inner(x)
+        return type(self.model).forward(self.model, x)
 
     def intact(self) -> bool:
-        """Whether the chain is as it was recognised and calling its modules would do no more than
-        their forward."""
-        for m, children in self.outside:
-            if m is not self.model and (m._forward_hooks or m._forward_pre_hooks):
-                return False
-            if len(m._modules) != len(children) or any(
-                a is not b for a, b in zip(m._modules.values(), children)
-            ):
-                return False
-        for step in self.steps:
-            if step._forward_hooks or step._forward_pre_hooks:
-                return False
-        hooks = torch.nn.modules.module
-        return not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+        """Whether the chain outside the swapped modules is as it was recognised."""
+        return all(
+            len(m._modules) == len(children)
+            and all(a is b for a, b in zip(m._modules.values(), children))
+            for m, children in self.outside
+        )
 
-    def head_pack(self, conv: nn.Conv2d, fc: nn.Linear) -> Tensor:
-        sources = (conv.weight, conv.bias, fc.weight, fc.bias)
-        identity = _identity_of(sources)
-        if self._pack is None or identity is None or self._pack[0] != identity:
-            with torch.no_grad():
-                shifts = [
-                    None if b is None else b.to(compute_dtype(conv.weight.dtype))
-                    for b in (conv.bias, fc.bias)
-                ]
-                self._pack = (identity, _ops.pack([conv.weight, fc.weight], [None, None], shifts))
-        return self._pack[1]
-
-    def plan(self):
+    def plan(self) -> tuple[list[Tensor], list[int]] | None:
         """(packs, plan) for the network op, or None if a part cannot take part now."""
+        if self._kept is not None and self._kept[0].current():
+            return self._kept[1:]
+        self._kept = None
+        snapshot = _Snapshot(self.model)
+        if not self.intact() or snapshot.hooked():
+            return None
         packs, plan = [], []
         for step in self.steps:
             if isinstance(step, FusedPatchConv):
@@ -494,8 +482,12 @@ class NetworkForward:
         conv, fc = _resolve(self.model, self.head["conv"]), _resolve(self.model, self.head["fc"])
         if conv.weight.dtype != fc.weight.dtype:
             return None
-        packs.append(self.head_pack(conv, fc))
+        with torch.no_grad():
+            dtype = compute_dtype(conv.weight.dtype)
+            shifts = [None if b is None else b.to(dtype) for b in (conv.bias, fc.bias)]
+            packs.append(_ops.pack([conv.weight, fc.weight], [None, None], shifts))
         plan += [HEAD, conv.out_channels, fc.out_features, 0, ACTS.index(self.act)]
+        self._kept = (snapshot, packs, plan)
         return packs, plan
 
     @property
@@ -504,36 +496,87 @@ class NetworkForward:
         return type(self).__call__.__code__
 
     def __call__(self, x: Tensor):
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.model.training:
-            return self.modules_run(x)
-        fc = _resolve(self.model, self.head["fc"]) if self.intact() else None
-        if fc is None or not isinstance(x, Tensor) or x.dim() != 4 or x.device.type != "cpu":
+        unfused = (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or self.model.training
+            or not isinstance(x, Tensor)
+            or x.dim() != 4
+            or x.device.type != "cpu"
+        )
+        plan = None if unfused else self.plan()
+        if plan is None:
             return self.modules_run(x)
         stem, _ = self.steps[0].parts()
-        if x.shape[1] != stem.in_channels or (
-            x.dtype != fc.weight.dtype and _autocast_dtype(x) is None
-        ):
-            return self.modules_run(x)
-        plan = self.plan()
-        if plan is None or not _large_enough(x, self.steps):
-            return self.modules_run(x)
         cast = _autocast_dtype(x)
-        (logits,) = _ops.network(x if cast is None else x.to(cast), *plan)
+        if x.shape[1] != stem.in_channels or not _large_enough(x, plan[1]):
+            return self.modules_run(x)  # the modules raise as they always did
+        if cast is not None:
+            x = x.to(cast)
+        elif x.dtype != stem.weight.dtype or stem.weight.device != x.device:
+            return self.modules_run(x)
+        (logits,) = _ops.network(x, *plan)
         return logits
+
+
+class _Snapshot:
+    """Everything that a plan of packed weights depends on, in a form that is quick to compare."""
+
+    def __init__(self, model: nn.Module):
+        modules = list(model.modules())
+        self.children = [(m, m._modules, tuple(m._modules.values())) for m in modules]
+        self.hooks = [
+            hooks
+            for m in modules
+            if m is not model  # the model's own hooks run around its forward
+            for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ]
+        module = torch.nn.modules.module
+        self.hooks += [module._global_forward_hooks, module._global_forward_pre_hooks]
+        self.slots = [
+            (slots, name)
+            for m in modules
+            for slots in (m._parameters, m._buffers)
+            for name in slots
+        ]
+        self.norms = [m for m in modules if isinstance(m, _NORMS)]
+        self.sources = Sources(self.tensors(), self.constants())
+
+    def tensors(self) -> list[Tensor | None]:
+        return [slots[name] for slots, name in self.slots]
+
+    def constants(self) -> tuple:
+        return tuple((m.eps, m.training) for m in self.norms)
+
+    def hooked(self) -> bool:
+        return any(self.hooks)
+
+    def current(self) -> bool:
+        """Whether nothing has changed since, as far as PyTorch can tell."""
+        if any(self.hooks):
+            return False
+        for m, modules, children in self.children:
+            if m.training or len(modules) != len(children):
+                return False
+            for a, b in zip(modules.values(), children):
+                if a is not b:
+                    return False
+        try:
+            return self.sources.current(self.tensors(), self.constants())
+        except KeyError:  # a parameter or buffer is gone
+            return False
 
 
 def _drops_paths(drop_path: nn.Module | None) -> bool:
     return drop_path is not None and drop_path.training and type(drop_path) is not nn.Identity
 
 
-def _large_enough(x: Tensor, steps) -> bool:
-    """Whether every patch convolution has at least one patch; if not, the modules raise as they
-    always did."""
+def _large_enough(x: Tensor, plan: list[int]) -> bool:
+    """Whether every patch convolution of the plan has at least one patch."""
     height, width = x.shape[2:]
-    for step in steps:
-        if isinstance(step, FusedPatchConv):
-            kh, kw = step.parts()[0].kernel_size
-            height, width = height // kh, width // kw
+    for i in range(0, len(plan), 5):
+        if plan[i] == PATCH_CONV:
+            height, width = height // plan[i + 2], width // plan[i + 3]
     return height > 0 and width > 0
 
 

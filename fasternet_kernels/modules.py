@@ -16,6 +16,7 @@ converters see what they know. What runs depends on the call:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -140,34 +141,60 @@ def _partial_channels(dim: int, n_div: int) -> int:
 # ---- Packs ---------------------------------------------------------------------------------------
 
 
-def _identity_of(tensors: tuple[Tensor | None, ...]) -> tuple | None:
-    """What changes when one of the tensors is replaced or written; None if that cannot be told
-    (inference tensors)."""
-    if any(t is not None and t.is_inference() for t in tensors):
-        return None
-    return tuple(None if t is None else (t.data_ptr(), t._version, t.dtype) for t in tensors)
+class Sources:
+    """Tensors that something was computed from, and how to tell whether it is still current.
+
+    Holds the tensors themselves, so that no other can take their place in memory unnoticed.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], constants: tuple = ()):
+        self.constants = constants
+        try:
+            self.seen = tuple((t, 0 if t is None else _state(t)) for t in tensors)
+        except RuntimeError:  # inference tensors do not count their versions: nothing can be told
+            self.seen = None
+
+    def current(self, tensors: Sequence[Tensor | None], constants: tuple = ()) -> bool:
+        """Whether these are the same tensors with the same contents as far as PyTorch knows."""
+        if self.seen is None or constants != self.constants or len(tensors) != len(self.seen):
+            return False
+        for t, (known, state) in zip(tensors, self.seen):
+            if t is not known or (t is not None and _state(t) != state):
+                return False
+        return True
+
+
+def _state(t: Tensor) -> tuple[int, int]:
+    return t._version, t.data_ptr()
 
 
 class PackingModule(nn.Module):
     """A module that keeps a pack of its folded weights for calls without gradients."""
 
-    _pack: tuple[tuple, Tensor] | None = None
+    _pack: tuple[Sources, Tensor] | None = None
 
     def drop_pack(self) -> None:
         """Forgets the pack; the next call without gradients makes a new one."""
         self.__dict__["_pack"] = None
 
-    def packed(self, sources: tuple[Tensor | None, ...], weights, fold) -> Tensor:
-        """The pack of ``weights``; ``sources`` are all tensors it depends on, ``fold()`` gives
-        (scales, shifts)."""
+    def packed(self, weights: list[Tensor], others: tuple, norm: nn.Module | None, fold) -> Tensor:
+        """The pack of ``weights``, made anew only if something it depends on has changed.
+
+        It also depends on the tensors ``others`` and on ``norm``; ``fold()`` gives the (scales,
+        shifts) that are packed in.
+        """
         if torch.compiler.is_compiling():
             return _ops.pack(weights, *fold())
-        identity = _identity_of(sources)
-        if self._pack is not None and identity is not None and self._pack[0] == identity:
+        constants = ()
+        tensors = (*weights, *others)
+        if isinstance(norm, _NORMS):
+            tensors += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+            constants = (norm.eps,)
+        if self._pack is not None and self._pack[0].current(tensors, constants):
             return self._pack[1]
         with torch.no_grad():
             pack = _ops.pack([w.detach() for w in weights], *fold())
-        self.__dict__["_pack"] = None if identity is None else (identity, pack)
+        self.__dict__["_pack"] = (Sources(tensors, constants), pack)
         return pack
 
     def train(self, mode: bool = True):
@@ -184,12 +211,6 @@ class PackingModule(nn.Module):
 
     def __getstate__(self):
         return {**self.__dict__, "_pack": None}
-
-
-def _norm_tensors(norm: nn.Module | None) -> tuple[Tensor | None, ...]:
-    if not isinstance(norm, _NORMS):
-        return ()
-    return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
 def repack(model: nn.Module) -> nn.Module:
@@ -294,9 +315,7 @@ class PConvPW(PackingModule):
             scale, shift = _folded(norm, None, pw.weight)
             return [None, scale], [None, shift]
 
-        pack = self.packed(
-            (partial.weight, pw.weight, *_norm_tensors(norm)), [partial.weight, pw.weight], fold
-        )
+        pack = self.packed([partial.weight, pw.weight], (), norm, fold)
         cast = _autocast_dtype(x)
         x = x if cast is None else x.to(cast)
         return _ops.pconv_pw_packed(x, pack, partial.out_channels, pw.out_channels, self.act)
@@ -344,9 +363,7 @@ class FusedBlock(PackingModule):
             return [None, scale, layer], [None, shift, None]
 
         weights = [p.partial.weight, p.pw1.weight, p.pw2.weight]
-        return self.packed(
-            (*weights, p.pw1.bias, p.layer_scale, *_norm_tensors(p.norm)), weights, fold
-        )
+        return self.packed(weights, (p.pw1.bias, p.layer_scale), p.norm, fold)
 
     def forward(self, x: Tensor) -> Tensor:
         p = self.parts()
@@ -492,7 +509,7 @@ class FusedPatchConv(PackingModule):
             scale, shift = _folded(norm, conv.bias, conv.weight)
             return [scale], [shift]
 
-        return self.packed((conv.weight, conv.bias, *_norm_tensors(norm)), [conv.weight], fold)
+        return self.packed([conv.weight], (conv.bias,), norm, fold)
 
     def forward(self, x: Tensor) -> Tensor:
         conv, norm = self.parts()
