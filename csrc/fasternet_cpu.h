@@ -1,8 +1,9 @@
-// The C++ API of fasternet_kernels on CPUs: FasterNet's operators (arXiv 2303.03667, section 3) on channels-last memory.
+// The C++ API of fasternet_kernels on CPUs: FasterNet's operators (arXiv 2303.03667, section 3) on channels-last
+// memory.
 //
-// Everything here works on plain pointers. Tensors are logically (batch, channels, height, width); `pixel_stride` is the
-// distance, in elements, between the channel vectors of neighbouring pixels, so a channel slice of a wider tensor needs no
-// copy: element (b, c, h, w) lies at ((b * height + h) * width + w) * pixel_stride + c.
+// Everything here works on plain pointers. Tensors are logically (batch, channels, height, width); `pixel_stride` is
+// the distance, in elements, between the channel vectors of neighbouring pixels, so a channel slice of a wider tensor
+// needs no copy: element (b, c, h, w) lies at ((b * height + h) * width + w) * pixel_stride + c.
 //
 // Arithmetic is float for float and bfloat16 storage, double for double storage. Every output element is accumulated in
 // one fixed order of K, so results depend neither on the number of threads nor on the batch an image comes in.
@@ -17,7 +18,8 @@
 
 namespace fasternet {
 
-// Storage types. Packed weights, scale and shift are in the compute type: float for kFloat32 and kBFloat16, else double.
+// Storage types. Packed weights, scale and shift are in the compute type: float for kFloat32 and kBFloat16, else
+// double.
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2 };
 enum class Act : int { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4, kHardswish = 5 };
 enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
@@ -36,8 +38,9 @@ std::string compiler();  // name and version of the compiler that built the kern
 
 // ---- Threads --------------------------------------------------------------------------------------------------------
 
-// `run(context, n, body, body_context)` must call body(body_context, begin, end) on disjoint ranges that cover [0, n), from
-// any threads, and return when all are done. num_threads is how many of them run at once; it only guides how work is cut.
+// `run(context, n, body, body_context)` must call body(body_context, begin, end) on disjoint ranges that cover [0, n),
+// from any threads, and return when all are done. num_threads is how many of them run at once; it only guides how work
+// is cut.
 struct ParallelFor {
   using Body = void (*)(void* body_context, int64_t begin, int64_t end);
   void (*run)(void* context, int64_t n, Body body, void* body_context);
@@ -48,11 +51,11 @@ ParallelFor serial();  // everything on the calling thread
 
 // ---- Packed weights -------------------------------------------------------------------------------------------------
 
-// One GEMM operand in the order the kernels read it, the same on every instruction set: panels of 16 output channels (8 in
-// double), each laid out as K rows of one cache line, a last panel of half that width where that suffices; then the shift.
-// K runs over (kernel row, kernel column, input channel).
+// One GEMM operand in the order the kernels read it, the same on every instruction set: panels of 16 output channels (8
+// in double), each laid out as K rows of one cache line, a last panel of half that width where that suffices; then the
+// shift. K runs over (kernel row, kernel column, input channel).
 struct Weight {
-  const void* data = nullptr;   // (n, c, kh, kw), contiguous
+  const void* data = nullptr;  // (n, c, kh, kw), contiguous
   DType dtype = DType::kFloat32;
   int64_t n = 0, c = 0, kh = 1, kw = 1;
   const void* scale = nullptr;  // (n) or null, compute type: multiplies each output channel's weights, in double
@@ -64,8 +67,8 @@ void pack(const Weight& weight, void* packed);           // weight.dtype kFloat6
 // ---- Operators ------------------------------------------------------------------------------------------------------
 
 // y[:, :c_partial] = conv3x3(x[:, :c_partial]), stride 1, zero padding 1; y[:, c_partial:] = x[:, c_partial:].
-// Any strides (batch, channel, height, width; in elements). In place when y == x with equal strides: the other channels are
-// then never touched, and the scratch is a few image rows per thread.
+// Any strides (batch, channel, height, width; in elements). In place when y == x with equal strides: the other channels
+// are then never touched, and the scratch is a few image rows per thread.
 struct PConv3x3 {
   DType dtype;
   int64_t batch, channels, height, width, c_partial;
@@ -90,7 +93,8 @@ struct PConvPw {
 };
 void pconv_pw(const PConvPw& args, const ParallelFor& parallel);
 
-// y = residual + sample_scale[b] * conv1x1(act(conv1x1(u, w_pw1) + shift), w_pw2): a FasterNet block (Figure 4 of the paper).
+// y = residual + sample_scale[b] * conv1x1(act(conv1x1(u, w_pw1) + shift), w_pw2): a FasterNet block (Figure 4 of the
+// paper).
 struct Block {
   DType dtype;           // of x
   DType residual_dtype;  // of residual and y: dtype, or kFloat32 beside a kBFloat16 x
@@ -99,16 +103,16 @@ struct Block {
   int64_t x_pixel_stride;
   const void* residual;  // usually x
   int64_t residual_pixel_stride;
-  void* y;               // must not overlap x
+  void* y;  // must not overlap x
   int64_t y_pixel_stride;
-  const void* packed;    // (c_partial, c_partial, 3, 3), (c_hidden, channels, 1, 1), (channels, c_hidden, 1, 1)
+  const void* packed;        // (c_partial, c_partial, 3, 3), (c_hidden, channels, 1, 1), (channels, c_hidden, 1, 1)
   const void* sample_scale;  // (batch) in the compute type, or null
   Act act;
 };
 void block(const Block& args, const ParallelFor& parallel);
 
-// y = conv(x, kernel = stride = (kh, kw), no padding) + shift: the stem and the merging layers. Rows and columns of x that do
-// not fill a patch are ignored. x may have any strides (batch, channel, height, width); y is channels-last.
+// y = conv(x, kernel = stride = (kh, kw), no padding) + shift: the stem and the merging layers. Rows and columns of x
+// that do not fill a patch are ignored. x may have any strides (batch, channel, height, width); y is channels-last.
 struct PatchConv {
   DType dtype;
   int64_t batch, channels, height, width, c_out, kh, kw;
@@ -132,12 +136,13 @@ struct Head {
 };
 void head(const Head& args, const ParallelFor& parallel);
 
-// A whole network, or the part of it up to some feature maps, as a list of steps run one after the other on channels-last
-// intermediates kept in the caller's scratch. `packed` is each step's own pack.
+// A whole network, or the part of it up to some feature maps, as a list of steps run one after the other on
+// channels-last intermediates kept in the caller's scratch. `packed` is each step's own pack.
 struct NetworkStep {
   enum class Kind : int { kPatchConv = 0, kBlock = 1, kHead = 2, kEmit = 3 };
   Kind kind;
-  // kPatchConv: c_out, kh, kw. kBlock: c_partial, c_hidden. kHead: c_mid, c_out. kEmit: the current feature map is an output.
+  // kPatchConv: c_out, kh, kw. kBlock: c_partial, c_hidden. kHead: c_mid, c_out. kEmit: the current feature map is an
+  // output.
   int64_t a, b, c;
   Act act;
   const void* packed;
@@ -153,8 +158,8 @@ struct Network {
 struct FeatureShape {
   int64_t channels, height, width;  // height and width are -1 for the (batch, channels) output of a head
 };
-// The outputs, in order: each kEmit's, then the head's. A plan that ends in neither a kEmit nor a kHead, starts with a kBlock
-// or kEmit, or goes on after a kHead is refused with std::invalid_argument.
+// The outputs, in order: each kEmit's, then the head's. A plan that ends in neither a kEmit nor a kHead, starts with a
+// kBlock or kEmit, or goes on after a kHead is refused with std::invalid_argument.
 std::vector<FeatureShape> network_outputs(const Network& args);
 // outputs[i] is dense channels-last memory of the i-th of network_outputs.
 void network(const Network& args, void* const* outputs, const ParallelFor& parallel);

@@ -1,8 +1,9 @@
-// The CPU implementations of the fasternet_kernels ops: check, fill the struct of csrc, call. Schemas, fakes, autograd and the
-// reference live in fasternet_kernels/ops.py. LibTorch stable ABI (target 2.10): one binary serves every later torch.
+// The CPU implementations of the fasternet_kernels ops: check, fill the struct of csrc, call. Schemas, fakes, autograd
+// and the reference live in fasternet_kernels/ops.py. LibTorch stable ABI (target 2.10): one binary serves every later
+// torch.
 //
-// An output follows the memory format that the input suggests. The kernels work on channels-last memory: another input is
-// copied to it, and the output back. float16 is computed in float32.
+// An output follows the memory format that the input suggests. The kernels work on channels-last memory: another input
+// is copied to it, and the output back. float16 is computed in float32.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -230,7 +231,8 @@ Tensor pconv3x3(Tensor x, Tensor weight, bool /*fast*/) {
   Tensor y = empty_image(x, x.size(1), x.size(2), x.size(3), x.scalar_type(), format);
   torch::stable::copy_(y, x);
   Tensor partial = operand(torch::stable::narrow(x, 1, 0, weight.size(0)), type);
-  Tensor convolved = empty_image(x, weight.size(0), x.size(2), x.size(3), stored_type(type), MemoryFormat::ChannelsLast);
+  Tensor convolved =
+      empty_image(x, weight.size(0), x.size(2), x.size(3), stored_type(type), MemoryFormat::ChannelsLast);
   pconv_into(partial, weight, convolved);
   Tensor target = torch::stable::narrow(y, 1, 0, weight.size(0));
   torch::stable::copy_(target, cast(convolved, type));
@@ -240,7 +242,8 @@ Tensor pconv3x3(Tensor x, Tensor weight, bool /*fast*/) {
 void pconv3x3_(Tensor x, Tensor weight) {
   check_pconv(x, weight);
   for (int d = 0; d < 4; ++d) {
-    STD_TORCH_CHECK(x.size(d) <= 1 || x.stride(d) > 0, "fasternet_kernels: x overlaps itself, it cannot be written in place");
+    STD_TORCH_CHECK(x.size(d) <= 1 || x.stride(d) > 0,
+                    "fasternet_kernels: x overlaps itself, it cannot be written in place");
   }
   if (x.numel() == 0) return;
   if (x.scalar_type() == weight.scalar_type() && x.scalar_type() != ScalarType::Half) {
@@ -258,9 +261,10 @@ Tensor run_pconv_pw(const Tensor& x, const Tensor& packed, int64_t c_partial, in
   const MemoryFormat format = format_of(x);
   const Pixels in(x);
   Tensor y = empty_image(x, c_out, x.size(2), x.size(3), x.scalar_type(), MemoryFormat::ChannelsLast);
-  fasternet::pconv_pw({dtype_of(x.scalar_type()), x.size(0), x.size(1), x.size(2), x.size(3), c_partial, c_out, in.data(),
-                       in.stride, y.mutable_data_ptr(), c_out, packed.const_data_ptr(), fasternet::parse_act(act)},
-                      torch_threads());
+  fasternet::pconv_pw(
+      {dtype_of(x.scalar_type()), x.size(0), x.size(1), x.size(2), x.size(3), c_partial, c_out, in.data(), in.stride,
+       y.mutable_data_ptr(), c_out, packed.const_data_ptr(), fasternet::parse_act(act)},
+      torch_threads());
   return finish(y, out_type, format);
 }
 
@@ -295,10 +299,11 @@ Tensor run_block(const Tensor& x, const Tensor& residual, const Tensor& packed, 
   const ScalarType residual_type = wide ? type : x.scalar_type();
   const Pixels in(x), added(cast(residual, residual_type));
   Tensor y = empty_image(x, x.size(1), x.size(2), x.size(3), residual_type, MemoryFormat::ChannelsLast);
-  fasternet::block({dtype_of(x.scalar_type()), dtype_of(residual_type), x.size(0), x.size(1), x.size(2), x.size(3),
-                    c_partial, c_hidden, in.data(), in.stride, added.data(), added.stride, y.mutable_data_ptr(), x.size(1),
-                    packed.const_data_ptr(), factors ? factors->const_data_ptr() : nullptr, fasternet::parse_act(act)},
-                   torch_threads());
+  fasternet::block(
+      {dtype_of(x.scalar_type()), dtype_of(residual_type), x.size(0), x.size(1), x.size(2), x.size(3), c_partial,
+       c_hidden, in.data(), in.stride, added.data(), added.stride, y.mutable_data_ptr(), x.size(1),
+       packed.const_data_ptr(), factors ? factors->const_data_ptr() : nullptr, fasternet::parse_act(act)},
+      torch_threads());
   return finish(y, type, format);
 }
 
@@ -371,8 +376,8 @@ Tensor run_head(const Tensor& x, const Tensor& packed, int64_t c_mid, int64_t c_
   const Pixels in(x);
   const int64_t size[2] = {x.size(0), c_out};
   Tensor y = torch::stable::empty({size, 2}, x.scalar_type(), std::nullopt, x.device());
-  fasternet::head({dtype_of(x.scalar_type()), x.size(0), x.size(1), x.size(2), x.size(3), c_mid, c_out, in.data(), in.stride,
-                   y.mutable_data_ptr(), packed.const_data_ptr(), fasternet::parse_act(act)},
+  fasternet::head({dtype_of(x.scalar_type()), x.size(0), x.size(1), x.size(2), x.size(3), c_mid, c_out, in.data(),
+                   in.stride, y.mutable_data_ptr(), packed.const_data_ptr(), fasternet::parse_act(act)},
                   torch_threads());
   return cast(y, out_type);
 }
@@ -413,11 +418,16 @@ std::vector<Tensor> network(Tensor x, std::vector<Tensor> packs, std::vector<int
   size_t next_pack = 0;
   int64_t channels = args.channels;
   for (size_t i = 0; i < plan.size(); i += 5) {
-    fasternet::NetworkStep step = {static_cast<Kind>(plan[i]), plan[i + 1], plan[i + 2], plan[i + 3],
-                                   static_cast<fasternet::Act>(plan[i + 4]), nullptr};
+    fasternet::NetworkStep step = {static_cast<Kind>(plan[i]),
+                                   plan[i + 1],
+                                   plan[i + 2],
+                                   plan[i + 3],
+                                   static_cast<fasternet::Act>(plan[i + 4]),
+                                   nullptr};
     STD_TORCH_CHECK(plan[i + 4] >= 0 && plan[i + 4] <= 5, "fasternet_kernels: plan has an unknown activation");
     if (step.kind != Kind::kEmit) {
-      STD_TORCH_CHECK(next_pack < packs.size(), "fasternet_kernels: plan needs more packs than the ", packs.size(), " given");
+      STD_TORCH_CHECK(next_pack < packs.size(), "fasternet_kernels: plan needs more packs than the ", packs.size(),
+                      " given");
       const Tensor& packed = packs[next_pack++];
       if (step.kind == Kind::kPatchConv) {
         check_pack(packed, in, {{step.a, channels * step.b * step.c}});
@@ -432,7 +442,8 @@ std::vector<Tensor> network(Tensor x, std::vector<Tensor> packs, std::vector<int
     }
     steps.push_back(step);
   }
-  STD_TORCH_CHECK(next_pack == packs.size(), "fasternet_kernels: plan uses ", next_pack, " packs, ", packs.size(), " given");
+  STD_TORCH_CHECK(next_pack == packs.size(), "fasternet_kernels: plan uses ", next_pack, " packs, ", packs.size(),
+                  " given");
   args.steps = steps.data();
   args.n_steps = static_cast<int64_t>(steps.size());
   std::vector<Tensor> outputs;

@@ -79,7 +79,8 @@ Act parse_act(const std::string& name) {
   for (int i = 0; i < 6; ++i) {
     if (name == kNames[i]) return static_cast<Act>(i);
   }
-  throw std::invalid_argument("act is '" + name + "', expected one of identity, relu, gelu, gelu_tanh, silu, hardswish");
+  throw std::invalid_argument("act is '" + name +
+                              "', expected one of identity, relu, gelu, gelu_tanh, silu, hardswish");
 }
 
 const char* isa_name(Isa isa) { return kIsas[static_cast<int>(isa)].name; }

@@ -1,19 +1,22 @@
-// The CPU kernels, once, for every instruction set: kernels_<isa>.cpp defines the FASTERNET_* macros and includes this file.
+// The CPU kernels, once, for every instruction set: kernels_<isa>.cpp defines the FASTERNET_* macros and includes this
+// file.
 //
 // What a block computes, for a tile of consecutive pixels of about kTilePixels (arXiv 2303.03667, section 3.3):
 //
-//   padded rows of x[:, :c_partial]  -> u = conv3x3                     K = 3 segments of 3 * c_partial, one per kernel row
-//   for each chunk of hidden channels (at most kHiddenChunk):
-//     h  = act([u | x[:, c_partial:]] * w_pw1 + shift)                  K = 2 segments: no concatenation is ever written
-//     y += h * w_pw2                                                    the residual joins in the last chunk's epilogue
+//   padded rows of x[:, :c_partial]  -> u = conv3x3                     K = 3 segments of 3 * c_partial, one per kernel
+//   row for each chunk of hidden channels (at most kHiddenChunk):
+//     h  = act([u | x[:, c_partial:]] * w_pw1 + shift)                  K = 2 segments: no concatenation is ever
+//     written y += h * w_pw2                                                    the residual joins in the last chunk's
+//     epilogue
 //
-// u, h and the partial sums of y are scratch of one thread and stay in its L2 cache; x is read once (three rows twice) and y
-// is written once: (2 + 2/rows) * C elements of traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112 pixels give
-// each row group a dozen visits per panel while h (112 x 256 floats) stays at 112 KB.
+// u, h and the partial sums of y are scratch of one thread and stay in its L2 cache; x is read once (three rows twice)
+// and y is written once: (2 + 2/rows) * C elements of traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112
+// pixels give each row group a dozen visits per panel while h (112 x 256 floats) stays at 112 KB.
 //
-// All arithmetic goes through one micro-kernel, `micro`: kRows x kVecs accumulators over a list of K segments. An element's
-// sum runs over K in one order whatever the tile, so tiling and threads never change the bits: in order within a pass of at
-// most kDepth, then pass by pass, which keeps the rounding error of a long K near that of a short one.
+// All arithmetic goes through one micro-kernel, `micro`: kRows x kVecs accumulators over a list of K segments. An
+// element's sum runs over K in one order whatever the tile, so tiling and threads never change the bits: in order
+// within a pass of at most kDepth, then pass by pass, which keeps the rounding error of a long K near that of a short
+// one.
 #include <math.h>
 
 #include "kernels.h"
@@ -30,10 +33,10 @@ namespace FASTERNET_ISA_NAMESPACE {
 #include "vec.h"
 
 constexpr int64_t kTilePixels = 112;
-constexpr int64_t kWholeRows = 160;     // wider images are cut into row segments of about kTilePixels
-constexpr int64_t kDepth = 256;         // K per pass: a panel of 256 cache lines is 16 KB and stays in L1
-constexpr int64_t kHiddenChunk = 256;   // hidden channels per pass
-constexpr int64_t kHeadDepth = 64;      // K per pass of the head: few rows, so passes are cheap and the logits more exact
+constexpr int64_t kWholeRows = 160;    // wider images are cut into row segments of about kTilePixels
+constexpr int64_t kDepth = 256;        // K per pass: a panel of 256 cache lines is 16 KB and stays in L1
+constexpr int64_t kHiddenChunk = 256;  // hidden channels per pass
+constexpr int64_t kHeadDepth = 64;  // K per pass of the head: few rows, so passes are cheap and the logits more exact
 constexpr int kMaxSegments = 4;
 constexpr int kMaxRows = FASTERNET_ROWS;
 constexpr int kVectorsPerPanel = kPanelBytes / FASTERNET_VECTOR_BYTES;
@@ -77,7 +80,8 @@ struct Same<A, A> {
 
 // ---- Micro-kernel ---------------------------------------------------------------------------------------------------
 
-// c[r][j] = epilogue(c_in[r][j] + sum over segments s and k of a[s][r][k] * b[k][j]) for kRows rows and one tile of columns.
+// c[r][j] = epilogue(c_in[r][j] + sum over segments s and k of a[s][r][k] * b[k][j]) for kRows rows and one tile of
+// columns.
 template <class T>
 struct Micro {
   int n_segments;
@@ -194,7 +198,7 @@ constexpr MicroTable<T, kHalfBytes, kHalfVecs, kHalfVecs> kHalf{};
 template <Act kAct, class T>
 void activate_as(T* c, int64_t stride, int64_t rows, int64_t columns) {
   if constexpr (Same<T, float>::value) {
-    using VT = VecOf<float, kHalfBytes < FASTERNET_VECTOR_BYTES ? kHalfBytes : FASTERNET_VECTOR_BYTES>;
+    using VT = VecOf < float, kHalfBytes<FASTERNET_VECTOR_BYTES ? kHalfBytes : FASTERNET_VECTOR_BYTES>;
     using Wide = VecOf<float, FASTERNET_VECTOR_BYTES>;
     for (int64_t r = 0; r < rows; ++r, c += stride) {
       int64_t j = 0;
@@ -335,7 +339,8 @@ void gemm(const Gemm<T>& g) {
 
 // Cuts `rows` rows that start at row `row` into groups of nearly equal size. Returns the number of groups written.
 template <class T>
-int64_t add_groups(RowGroup<T>* groups, int64_t row, int64_t rows, int n_segments, const T* const* a, const int64_t* stride) {
+int64_t add_groups(RowGroup<T>* groups, int64_t row, int64_t rows, int n_segments, const T* const* a,
+                   const int64_t* stride) {
   const int64_t n = ceil_div(rows, kMaxRows);
   for (int64_t i = 0; i < n; ++i) {
     const int64_t begin = i * rows / n, end = (i + 1) * rows / n;
@@ -348,8 +353,8 @@ int64_t add_groups(RowGroup<T>* groups, int64_t row, int64_t rows, int n_segment
 
 // ---- Tiles ----------------------------------------------------------------------------------------------------------
 
-// Cuts `rows` image rows (of all images) of `width` pixels into tiles of about kTilePixels consecutive pixels: whole rows, or
-// a segment of one row where rows are long. Enough tiles for every thread where there are enough rows.
+// Cuts `rows` image rows (of all images) of `width` pixels into tiles of about kTilePixels consecutive pixels: whole
+// rows, or a segment of one row where rows are long. Enough tiles for every thread where there are enough rows.
 struct Tiling {
   int64_t rows, width, segments, tiles;
   Tiling(int64_t rows_, int64_t width_, int threads) : rows(rows_), width(width_) {
@@ -379,7 +384,9 @@ struct Tiling {
   int64_t max_rows() const { return segments > 1 ? 1 : tiles ? ceil_div(rows, tiles) : 0; }
   int64_t max_columns() const { return ceil_div(width, segments); }
   int64_t max_pixels() const { return max_rows() * max_columns(); }
-  int64_t max_groups() const { return max_rows() * ceil_div(max_columns(), kMaxRows) + ceil_div(max_pixels(), kMaxRows); }
+  int64_t max_groups() const {
+    return max_rows() * ceil_div(max_columns(), kMaxRows) + ceil_div(max_pixels(), kMaxRows);
+  }
 };
 
 template <class F>
@@ -424,8 +431,8 @@ Image<S> channels_last(const void* data, int64_t height, int64_t width, int64_t 
 
 // out[(c1 - c0 + 2)][channels]: columns c0 - 1 .. c1 of row `row` (of all images), zero outside the image.
 template <class S, class T>
-void load_padded_row(const Image<S>& x, int64_t height, int64_t width, int64_t row, int64_t c0, int64_t c1, int64_t channels,
-                     T* out) {
+void load_padded_row(const Image<S>& x, int64_t height, int64_t width, int64_t row, int64_t c0, int64_t c1,
+                     int64_t channels, T* out) {
   for (int64_t column = c0 - 1; column <= c1; ++column, out += channels) {
     if (column < 0 || column >= width) {
       for (int64_t c = 0; c < channels; ++c) out[c] = 0;
@@ -440,7 +447,8 @@ void load_padded_row(const Image<S>& x, int64_t height, int64_t width, int64_t r
   }
 }
 
-// The PConv of a tile into u[pixels][u_stride]. Buffers: padded[(rows + 3)][(columns + 2) * c_partial], groups for the tile.
+// The PConv of a tile into u[pixels][u_stride]. Buffers: padded[(rows + 3)][(columns + 2) * c_partial], groups for the
+// tile.
 template <class S, class T>
 void pconv_tile(const Image<S>& x, int64_t height, int64_t width, const Tiling::Tile& t, const Packed<T>& w, T* padded,
                 RowGroup<T>* groups, T* u, int64_t u_stride, int64_t total_rows) {
@@ -489,8 +497,8 @@ void store_partial(const T* u, int64_t u_stride, int64_t columns, int64_t c_part
 }
 
 template <class S>
-void copy_channels(const S* x, int64_t x_channel, int64_t x_pixel, S* y, int64_t y_channel, int64_t y_pixel, int64_t columns,
-                   int64_t channels) {
+void copy_channels(const S* x, int64_t x_channel, int64_t x_pixel, S* y, int64_t y_channel, int64_t y_pixel,
+                   int64_t columns, int64_t channels) {
   if (x_channel == 1 && y_channel == 1) {
     for (int64_t i = 0; i < columns; ++i) {
       __builtin_memcpy(y + i * y_pixel, x + i * x_pixel, static_cast<size_t>(channels) * sizeof(S));
@@ -538,9 +546,9 @@ void pconv3x3_out_of_place(const PConv3x3& args, const ParallelFor& parallel) {
   });
 }
 
-// In place, each thread owns a run of rows and goes down it with a window of three padded copies, so a row is copied before
-// the one above it is overwritten. The rows just outside a run are overwritten by its neighbours at any time; they are copied
-// before any thread starts.
+// In place, each thread owns a run of rows and goes down it with a window of three padded copies, so a row is copied
+// before the one above it is overwritten. The rows just outside a run are overwritten by its neighbours at any time;
+// they are copied before any thread starts.
 template <class S, class T>
 void pconv3x3_in_place(const PConv3x3& args, const ParallelFor& parallel) {
   const Image<S> x = image<S>(args.x, args.x_stride);
@@ -687,7 +695,8 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
     for (int64_t i = begin; i < end; ++i) {
       const Tiling::Tile t = tiling.tile(i);
       const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-      pconv_tile<S, T>(x, args.height, args.width, t, w_partial, padded, pconv_groups, u, w_partial.n_padded, total_rows);
+      pconv_tile<S, T>(x, args.height, args.width, t, w_partial, padded, pconv_groups, u, w_partial.n_padded,
+                       total_rows);
       Gemm<T> g = {};
       mixed.fill(&g, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
       g.b = &w_pw;
@@ -748,7 +757,8 @@ void block_as(const Block& args, const ParallelFor& parallel) {
     for (int64_t i = begin; i < end; ++i) {
       const Tiling::Tile t = tiling.tile(i);
       const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-      pconv_tile<S, T>(x, args.height, args.width, t, w_partial, padded, pconv_groups, u, w_partial.n_padded, total_rows);
+      pconv_tile<S, T>(x, args.height, args.width, t, w_partial, padded, pconv_groups, u, w_partial.n_padded,
+                       total_rows);
       Gemm<T> expand = {};
       mixed.fill(&expand, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
       expand.b = &w_pw1;
@@ -844,8 +854,8 @@ void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
           T* const first = patches + (row - t.row0) * columns * depth;
           for (int64_t c = 0; c < args.channels; ++c) {
             for (int64_t dy = 0; dy < args.kh; ++dy) {
-              const S* source = x.at(row / out_height, row % out_height * args.kh + dy, t.column0 * args.kw) +
-                                c * x.channel_stride;
+              const S* source =
+                  x.at(row / out_height, row % out_height * args.kh + dy, t.column0 * args.kw) + c * x.channel_stride;
               T* patch = first + dy * run + c;
               for (int64_t column = 0; column < columns; ++column, patch += depth) {
                 for (int64_t dx = 0; dx < args.kw; ++dx, source += x.pixel_stride) {

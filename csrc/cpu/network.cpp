@@ -1,5 +1,6 @@
-// Runs a network plan: checks it once, then one operator after the other between two scratch buffers of the calling thread. A
-// feature map that is an output is computed straight into the caller's memory and read from there by the next step.
+// Runs a network plan: checks it once, then one operator after the other between two scratch buffers of the calling
+// thread. A feature map that is an output is computed straight into the caller's memory and read from there by the next
+// step.
 #include <algorithm>
 #include <stdexcept>
 
@@ -36,7 +37,8 @@ Shapes check(const Network& args) {
         }
         break;
       case Kind::kHead:
-        if (i == 0 || now.height < 1 || now.width < 1) throw std::invalid_argument(where + "is a head without a feature map");
+        if (i == 0 || now.height < 1 || now.width < 1)
+          throw std::invalid_argument(where + "is a head without a feature map");
         now = {step.b, -1, -1};
         shapes.outputs.push_back(now);
         break;
@@ -82,16 +84,16 @@ void network(const Network& args, void* const* outputs, const ParallelFor& paral
     void* const y = emitted ? outputs[output] : buffers[x == buffers[0]];
     switch (step.kind) {
       case Kind::kPatchConv: {
-        PatchConv op = {args.dtype, args.batch, now.channels, now.height, now.width, step.a, step.b, step.c,
-                        x,          {},         y,            step.a,     step.packed};
+        PatchConv op = {args.dtype, args.batch, now.channels, now.height, now.width, step.a,     step.b,
+                        step.c,     x,          {},           y,          step.a,    step.packed};
         const int64_t dense[4] = {now.height * now.width * now.channels, 1, now.width * now.channels, now.channels};
         for (int s = 0; s < 4; ++s) op.x_stride[s] = i == 0 ? args.x_stride[s] : dense[s];
         run.patch_conv(op, parallel);
         break;
       }
       case Kind::kBlock:
-        run.block({args.dtype, args.dtype, args.batch, now.channels, now.height, now.width, step.a, step.b, x, now.channels, x,
-                   now.channels, y, now.channels, step.packed, nullptr, step.act},
+        run.block({args.dtype, args.dtype, args.batch, now.channels, now.height, now.width, step.a, step.b, x,
+                   now.channels, x, now.channels, y, now.channels, step.packed, nullptr, step.act},
                   parallel);
         break;
       case Kind::kHead:

@@ -1,10 +1,12 @@
 // Vectors of one instruction set and the activations on them.
 //
-// Included only by kernels.inl.h, inside the namespace of an instruction set: nothing here may be shared between objects that
-// are compiled for different processors, so there are no standard-library templates that the linker could merge.
+// Included only by kernels.inl.h, inside the namespace of an instruction set: nothing here may be shared between
+// objects that are compiled for different processors, so there are no standard-library templates that the linker could
+// merge.
 
-// A vector of kBytes bytes of T, by the vector extension of GCC and Clang: + - * / work element by element and take scalars,
-// comparisons give masks for ?:. With -ffp-contract=fast, a * b + c is one fused multiply-add where the processor has it.
+// A vector of kBytes bytes of T, by the vector extension of GCC and Clang: + - * / work element by element and take
+// scalars, comparisons give masks for ?:. With -ffp-contract=fast, a * b + c is one fused multiply-add where the
+// processor has it.
 template <class T, int kBytes>
 struct VecOf {
   typedef T type __attribute__((vector_size(kBytes)));
@@ -32,8 +34,8 @@ inline V min(V a, V b) {
 }
 
 // ---- float activations, on vectors ----------------------------------------------------------------------------------
-// Errors are a few units of the last place of the result's scale, of the order of the eager kernels' own. Infinities and
-// NaN come out as the definitions say: -inf gives NaN (as -inf * 0) but for relu, +inf gives +inf.
+// Errors are a few units of the last place of the result's scale, of the order of the eager kernels' own. Infinities
+// and NaN come out as the definitions say: -inf gives NaN (as -inf * 0) but for relu, +inf gives +inf.
 
 // exp(x) for x clamped to [-87, 88]: 2^n * p(r), r = x - n ln2 in [-ln2/2, ln2/2], p the minimax polynomial of degree 6
 // (relative error 3e-9).
@@ -61,8 +63,9 @@ inline typename VT::type exp_ps(typename VT::type x) {
   return p * power;
 }
 
-// x * Phi(x), Phi(x) = 1/2 + x P(x^2) / Q(x^2): a minimax rational of degrees (5, 5) on |x| <= 5.4 with an error of 5.5e-9 in
-// Phi; beyond, Phi is 0 or 1 to float precision. One division and ten multiply-adds, no table and no exponential.
+// x * Phi(x), Phi(x) = 1/2 + x P(x^2) / Q(x^2): a minimax rational of degrees (5, 5) on |x| <= 5.4 with an error
+// of 5.5e-9 in Phi; beyond, Phi is 0 or 1 to float precision. One division and ten multiply-adds, no table and no
+// exponential.
 template <class VT>
 inline typename VT::type gelu_ps(typename VT::type x) {
   using V = typename VT::type;
@@ -112,7 +115,8 @@ inline typename VT::type act_ps(typename VT::type x) {
   }
 }
 
-// ---- double activations, by libm: double is for gradient checks and references, not for speed ------------------------
+// ---- double activations, by libm: double is for gradient checks and references, not for speed
+// ------------------------
 
 template <Act kAct>
 inline double act_pd(double x) {
