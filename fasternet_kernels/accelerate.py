@@ -18,22 +18,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import library, ops
 from .modules import (
-    _NORMS,
+    NORMS,
     BlockParts,
     FusedBlock,
     FusedPatchConv,
     PackingModule,
     PConv,
     Sources,
-    _autocast_dtype,
-    _hooked,
     act_name,
+    autocast_dtype,
+    hooked,
+    uses_batch_statistics,
 )
 from .reference import ACTS, BLOCK, HEAD, PATCH_CONV, compute_dtype
 
 _ops = torch.ops.fasternet_kernels
+_FUSED_TRAINING = [kind for kind in ("cpu", "cuda") if library.has_kernel("pw_stats", kind)]
 _TOLERANCE = 1e-10  # relative, in float64: what differs by more computes something else
 
 
@@ -117,6 +119,9 @@ class SwappedBlock(_Swapped, FusedBlock):
         return BlockParts(act=self._act, layer_scale=layer_scale, **at)
 
     def fits(self, p: BlockParts) -> bool:
+        # Without fused training kernels the original's own forward is the quicker one.
+        if uses_batch_statistics(p.norm) and p.pw1.weight.device.type not in _FUSED_TRAINING:
+            return False
         act_path = self._paths_act
         if act_path is not None and act_name(_resolve(self, act_path)) != self._act:
             return False
@@ -149,7 +154,7 @@ class SwappedPConv(_Swapped, nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = _resolve(self, self._path)
-        if type(conv) is not nn.Conv2d or _hooked(conv):
+        if type(conv) is not nn.Conv2d or hooked(conv):
             return self.original(x)
         return ops.pconv3x3(x, conv.weight)
 
@@ -223,8 +228,8 @@ def _match_block(module: nn.Module) -> SwappedBlock | None:
         raise _Refused("the 3x3 or the second 1x1 convolution has a bias")
     order = [path for path, _ in leaves]
     between = leaves[order.index(pw1_path) + 1 : order.index(pw2_path)]
-    norms = [(path, m) for path, m in between if isinstance(m, _NORMS)]
-    acts = [(path, m) for path, m in between if not isinstance(m, (*_NORMS, nn.Identity))]
+    norms = [(path, m) for path, m in between if isinstance(m, NORMS)]
+    acts = [(path, m) for path, m in between if not isinstance(m, (*NORMS, nn.Identity))]
     if (
         len(norms) > 1
         or len(acts) > 1
@@ -265,7 +270,7 @@ def _match_patch_conv(module: nn.Module) -> SwappedPatchConv | None:
         return None
     conv = leaves[0][1]
     norm = leaves[1] if len(leaves) == 2 else None
-    if norm is not None and type(norm[1]) not in (*_NORMS, nn.Identity):
+    if norm is not None and type(norm[1]) not in (*NORMS, nn.Identity):
         return None
     if min(conv.kernel_size) < 2 or conv.stride != conv.kernel_size or conv.padding != (0, 0):
         return None
@@ -463,7 +468,7 @@ class NetworkForward:
             return self._kept[1:]
         self._kept = None
         snapshot = _Snapshot(self.model)
-        if not self.intact() or snapshot.hooked():
+        if not self.intact() or snapshot.has_hooks():
             return None
         packs, plan = [], []
         for step in self.steps:
@@ -508,7 +513,7 @@ class NetworkForward:
         if plan is None:
             return self.modules_run(x)
         stem, _ = self.steps[0].parts()
-        cast = _autocast_dtype(x)
+        cast = autocast_dtype(x)
         if x.shape[1] != stem.in_channels or not _large_enough(x, plan[1]):
             return self.modules_run(x)  # the modules raise as they always did
         if cast is not None:
@@ -539,7 +544,7 @@ class _Snapshot:
             for slots in (m._parameters, m._buffers)
             for name in slots
         ]
-        self.norms = [m for m in modules if isinstance(m, _NORMS)]
+        self.norms = [m for m in modules if isinstance(m, NORMS)]
         self.sources = Sources(self.tensors(), self.constants())
 
     def tensors(self) -> list[Tensor | None]:
@@ -548,7 +553,7 @@ class _Snapshot:
     def constants(self) -> tuple:
         return tuple((m.eps, m.training) for m in self.norms)
 
-    def hooked(self) -> bool:
+    def has_hooks(self) -> bool:
         return any(self.hooks)
 
     def current(self) -> bool:
@@ -699,12 +704,15 @@ def accelerate(model: nn.Module) -> nn.Module:
     """Swaps the FasterNet parts of ``model`` for fused modules, in place, and returns ``model``.
 
     Same parameters (the same objects), same state_dict keys, same answers, in ``train()`` and
-    ``eval()``; faster. Recognises the blocks, stems and merging layers of timm's and the official
+    ``eval()``. Recognises the blocks, stems and merging layers of timm's and the official
     FasterNet, of this package's models and of forks with the same structure, and single partial
     convolutions elsewhere; a whole classification network also runs as one op in eval without
     gradients. Each swap is proved numerically first, on a random float64 copy; what does not pass
-    is left alone with the reason in :func:`report`. Calling it again is harmless, and needed after
-    replacing modules. :func:`restore` undoes it.
+    is left alone with the reason in :func:`report`. :func:`restore` undoes it. Calling it again is
+    harmless, and needed after replacing modules.
+
+    Inference and frozen batch norms run fused. With batch statistics (``train()``) a swapped block
+    runs its original's forward on devices that have no fused training kernels.
 
     Args:
         model: any module that holds such parts below it, on any device and of any dtype.

@@ -92,6 +92,9 @@ def _load() -> Status:
     )
 
 
-def has_cpu_kernel(name: str) -> bool:
-    """Whether op ``name`` has a compiled CPU kernel (rather than its reference)."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fasternet_kernels::{name}", "CPU")
+def has_kernel(name: str, device: str = "cpu") -> bool:
+    """Whether op ``name`` has a kernel of its own for the device type ``device``."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"fasternet_kernels::{name}", key
+    )

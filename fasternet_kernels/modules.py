@@ -27,7 +27,7 @@ from .models import ACTIVATIONS, DropPath
 from .reference import apply_act, compute_dtype
 
 _ops = torch.ops.fasternet_kernels
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class BlockParts(NamedTuple):
@@ -45,8 +45,8 @@ class BlockParts(NamedTuple):
 # ---- Batch norm as vectors -----------------------------------------------------------------------
 
 
-def _uses_batch_statistics(norm: nn.Module | None) -> bool:
-    return isinstance(norm, _NORMS) and (norm.training or norm.running_mean is None)
+def uses_batch_statistics(norm: nn.Module | None) -> bool:
+    return isinstance(norm, NORMS) and (norm.training or norm.running_mean is None)
 
 
 def _scale_and_shift(
@@ -54,7 +54,7 @@ def _scale_and_shift(
 ) -> tuple[Tensor | None, Tensor | None]:
     """The batch norm with running statistics, after a convolution's bias, as (scale, shift) vectors
     of ``dtype``."""
-    if not isinstance(norm, _NORMS):
+    if not isinstance(norm, NORMS):
         return None, None if bias is None else bias.to(dtype)
     scale = torch.rsqrt(norm.running_var.to(dtype) + norm.eps)
     if norm.weight is not None:
@@ -107,13 +107,13 @@ def _needs_process_group(norm: nn.Module | None) -> bool:
     return isinstance(norm, nn.SyncBatchNorm) and torch.distributed.is_initialized()
 
 
-def _hooked(*modules: nn.Module | None) -> bool:
+def hooked(*modules: nn.Module | None) -> bool:
     """Whether calling one of the modules does more than its forward: the fused forward would skip
     that."""
     return any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in modules)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     kind = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
@@ -126,7 +126,7 @@ def _check_input(x, channels: int, weight: Tensor) -> None:
         raise ValueError(f"x has {x.shape[1]} channels, expected {channels}")
     if x.device != weight.device:
         raise ValueError(f"x is on {x.device}, expected the parameters' device {weight.device}")
-    if x.dtype != weight.dtype and _autocast_dtype(x) is None:
+    if x.dtype != weight.dtype and autocast_dtype(x) is None:
         raise TypeError(f"x has dtype {x.dtype}, expected the parameters' dtype {weight.dtype}")
 
 
@@ -187,7 +187,7 @@ class PackingModule(nn.Module):
             return _ops.pack(weights, *fold())
         constants = ()
         tensors = (*weights, *others)
-        if isinstance(norm, _NORMS):
+        if isinstance(norm, NORMS):
             tensors += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
             constants = (norm.eps,)
         if self._pack is not None and self._pack[0].current(tensors, constants):
@@ -298,12 +298,12 @@ class PConvPW(PackingModule):
     def forward(self, x: Tensor) -> Tensor:
         partial, pw, norm = self.partial_conv3, self.pw, self.bn
         _check_input(x, pw.in_channels, pw.weight)
-        if _hooked(partial, pw, norm) or (norm.training and _needs_process_group(norm)):
+        if hooked(partial, pw, norm) or (norm.training and _needs_process_group(norm)):
             c_partial = partial.out_channels
             u = torch.cat((partial(x[:, :c_partial]), x[:, c_partial:]), dim=1)
             return apply_act(norm(pw(u)), self.act)
         dtype = compute_dtype(pw.weight.dtype)
-        if _uses_batch_statistics(norm):
+        if uses_batch_statistics(norm):
             z, mean, m2 = _ops.pw_stats(x, *ops.autocast_weights(x, partial.weight, pw.weight))
             return _ops.bn_act(z, mean, *_batch_scale_and_shift(norm, z, mean, m2), self.act)
         if torch.is_grad_enabled():
@@ -316,7 +316,7 @@ class PConvPW(PackingModule):
             return [None, scale], [None, shift]
 
         pack = self.packed([partial.weight, pw.weight], (), norm, fold)
-        cast = _autocast_dtype(x)
+        cast = autocast_dtype(x)
         x = x if cast is None else x.to(cast)
         return _ops.pconv_pw_packed(x, pack, partial.out_channels, pw.out_channels, self.act)
 
@@ -344,11 +344,11 @@ class FusedBlock(PackingModule):
         """Whether the fused ops do all that calling the parts would: no hooks, no other module in a
         part's place."""
         convs = type(p.partial) is type(p.pw1) is type(p.pw2) is nn.Conv2d
-        norm = p.norm is None or type(p.norm) in (*_NORMS, nn.Identity)
-        if not (convs and norm) or _hooked(p.partial, p.pw1, p.norm, p.pw2, p.drop_path):
+        norm = p.norm is None or type(p.norm) in (*NORMS, nn.Identity)
+        if not (convs and norm) or hooked(p.partial, p.pw1, p.norm, p.pw2, p.drop_path):
             return False
         return not (
-            _uses_batch_statistics(p.norm)
+            uses_batch_statistics(p.norm)
             and (p.pw1.bias is not None or _needs_process_group(p.norm))
         )
 
@@ -380,7 +380,7 @@ class FusedBlock(PackingModule):
             ones = torch.ones((x.shape[0], 1, 1, 1), dtype=compute_dtype(x.dtype), device=x.device)
             sample_scale = p.drop_path(ones).reshape(-1)
         layer_scale = None if p.layer_scale is None else p.layer_scale.reshape(-1)
-        if _uses_batch_statistics(p.norm):
+        if uses_batch_statistics(p.norm):
             w_partial, w_pw1, w_pw2 = ops.autocast_weights(
                 x, p.partial.weight, p.pw1.weight, p.pw2.weight
             )
@@ -499,8 +499,8 @@ class FusedPatchConv(PackingModule):
 
     def fits(self, conv: nn.Conv2d, norm: nn.Module | None) -> bool:
         """Whether the packed op does all that calling the parts would."""
-        known = type(conv) is nn.Conv2d and (norm is None or type(norm) in (*_NORMS, nn.Identity))
-        return known and not _hooked(conv, norm) and not _uses_batch_statistics(norm)
+        known = type(conv) is nn.Conv2d and (norm is None or type(norm) in (*NORMS, nn.Identity))
+        return known and not hooked(conv, norm) and not uses_batch_statistics(norm)
 
     def patch_pack(self, conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
         """The pack for the packed ops."""
@@ -519,6 +519,6 @@ class FusedPatchConv(PackingModule):
             return y if norm is None else norm(y)
         _check_input(x, conv.in_channels, conv.weight)
         pack = self.patch_pack(conv, norm)
-        cast = _autocast_dtype(x)
+        cast = autocast_dtype(x)
         x = x if cast is None else x.to(cast)
         return _ops.patch_conv_packed(x, pack, conv.out_channels, *conv.kernel_size, True)

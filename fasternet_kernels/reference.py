@@ -310,8 +310,9 @@ def pw_stats(x, w_partial, w_pw) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _normalise(z, mean, scale, shift) -> tuple[Tensor, Tensor]:
-    centred = z.to(mean.dtype) - _column(mean)
-    return centred, centred * _column(scale) + _column(shift)
+    """(z - mean, (z - mean) * scale + shift): subtracting first keeps a large mean's digits."""
+    centred = z - _column(mean)
+    return centred, torch.addcmul(_column(shift), centred, _column(scale))
 
 
 def bn_act(z, mean, scale, shift, act: str) -> Tensor:
@@ -479,11 +480,7 @@ def pw_stats_backward(
 ) -> tuple[Tensor, ...]:
     # mean = sum(z) / n and m2 = sum((z - mean)^2), whose derivative by the mean is zero.
     n = z.shape[0] * z.shape[2] * z.shape[3]
-    wide = (
-        dz.to(mean.dtype)
-        + _column(dmean / max(n, 1))
-        + _column(2 * dm2) * (z.to(mean.dtype) - _column(mean))
-    )
+    wide = torch.addcmul(dz + _column(dmean / max(n, 1)), z - _column(mean), _column(2 * dm2))
     u = _pconv(x.to(w_pw.dtype), w_partial)
     return _results(
         dz, *_pconv_pw_conv_backward(wide.to(z.dtype), x, u, w_partial, w_pw, *output_mask)

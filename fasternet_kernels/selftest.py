@@ -166,7 +166,7 @@ def _results(fn: Callable, args: tuple) -> list[Tensor]:
 def backend_of(name: str, device: torch.device) -> str:
     """What runs op ``name`` on ``device``: the compiled kernel's instruction set, or the PyTorch
     reference."""
-    if device.type == "cpu" and library.has_cpu_kernel(name):
+    if device.type == "cpu" and library.has_kernel(name):
         return library.status().isa or "compiled"
     return "reference"
 

@@ -25,7 +25,7 @@ def pytest_sessionstart(session):
     # Without the compiled library the ops run their reference, and every parity test would compare
     # it with itself.
     status = fk.library.status()
-    missing = [name for name in COMPILED if not fk.library.has_cpu_kernel(name)]
+    missing = [name for name in COMPILED if not fk.library.has_kernel(name)]
     if not status.loaded or missing:
         pytest.exit(
             f"no compiled kernels, nothing to test: {status.reason or missing}", returncode=3
