@@ -1,5 +1,11 @@
 """Refuses to run without the compiled kernels, and fills uninitialised memory with NaN."""
 
+import os
+
+# Before torch is imported: waiting threads sleep, so a busy machine does not stall thousands of tiny
+# calls.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

@@ -122,21 +122,7 @@ def block_args(case, dtype, scales=True):
 # ---- Parity --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", STAGES, ids=lambda c: c.id)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_block_stages(case, dtype):
-    args = block_args(case, DTYPES[dtype])
-    args[6] = None  # without a sample scale the residual joins in the kernel's epilogue
-    check(OPS.block, plain_block, image(case, DTYPES[dtype]), *args, case.act)
-
-
-@pytest.mark.parametrize("case", EDGES, ids=lambda c: c.id)
-@pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_block_edges(case, dtype, fmt):
-    x = image(case, DTYPES[dtype], FORMATS[fmt])
-    for scales in (True, False):
-        check(OPS.block, plain_block, x, *block_args(case, DTYPES[dtype], scales), case.act)
+# From the simplest op to the ones built on it: the first failure names the culprit.
 
 
 @pytest.mark.parametrize("case", [*STAGES[::5], *EDGES], ids=lambda c: c.id)
@@ -175,6 +161,23 @@ def test_pconv_pw(case, dtype, fmt):
         case.act,
     )
     check(OPS.pconv_pw, plain_pconv_pw, x, w["w_partial"], w["w_pw1"], None, None, case.act)
+
+
+@pytest.mark.parametrize("case", STAGES, ids=lambda c: c.id)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_block_stages(case, dtype):
+    args = block_args(case, DTYPES[dtype])
+    args[6] = None  # without a sample scale the residual joins in the kernel's epilogue
+    check(OPS.block, plain_block, image(case, DTYPES[dtype]), *args, case.act)
+
+
+@pytest.mark.parametrize("case", EDGES, ids=lambda c: c.id)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_block_edges(case, dtype, fmt):
+    x = image(case, DTYPES[dtype], FORMATS[fmt])
+    for scales in (True, False):
+        check(OPS.block, plain_block, x, *block_args(case, DTYPES[dtype], scales), case.act)
 
 
 PATCHES = [
