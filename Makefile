@@ -5,8 +5,11 @@
 # make test-all   with the long tests          make test-cpp   csrc/ and its tests alone, without Python
 # make lint       style checks                 make format     style fixes                make clean
 #
-# Variables: PYTHON (interpreter that creates .venv), TORCH (what to install where .venv has no torch),
-# ARGS (options of `fasternet-kernels demo` or of pytest).
+# Variables: PYTHON (interpreter that creates .venv), ARGS (options of `fasternet-kernels demo` or of pytest), and TORCH:
+# what pip installs where .venv has no torch of 2.10 or newer. pip's default may be a build for CUDA of several GB. For
+# another build, add the index that PyTorch's installation page names for it, or give a wheel:
+#     make demo TORCH='torch==2.13.0 --index-url INDEX_OF_CPU_BUILDS'
+#     make demo TORCH=path/to/torch.whl
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -29,7 +32,8 @@ JOBS := $(shell getconf _NPROCESSORS_ONLN)
 CPP_SOURCES = $(shell find csrc python -name '*.cpp' -o -name '*.h')
 SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 
-.PHONY: demo test test-all test-cpp test-python lint format clean
+.NOTPARALLEL:  # with -j, several pips would write to .venv at once; what builds and tests is parallel by itself
+.PHONY: demo test test-all test-cpp lint format clean
 
 demo: $(VENV)/stamp-build $(VENV)/stamp-demo
 	$(BIN)/fasternet-kernels demo $(ARGS)
@@ -74,12 +78,16 @@ $(VENV)/stamp-cmake: $(VENV)/stamp-python Makefile
 	touch $@
 
 $(VENV)/stamp-torch: $(VENV)/stamp-python Makefile
-	$(BIN)/python -c 'import numpy, torch' 2> /dev/null || $(PIP) numpy '$(TORCH)'
+	$(BIN)/python -c 'import numpy' 2> /dev/null || $(PIP) numpy
+	$(BIN)/python -c 'import torch; v = torch.__version__.split("."); exit((int(v[0]), int(v[1])) < (2, 10))' \
+	  2> /dev/null || $(PIP) --upgrade $(TORCH)
 	touch $@
 
 $(VENV)/stamp-build: $(VENV)/stamp-cmake $(VENV)/stamp-torch $(SOURCES)
 	$(PIP) $(BUILD_PACKAGES)
 	$(PIP) --no-build-isolation --no-deps --editable .
+	@$(BIN)/python -c 'from importlib.util import find_spec; exit(not find_spec("fasternet_runtime"))' || \
+	  echo 'Warning: fasternet_runtime was not built; it needs the headers of Python (Python.h).' >&2
 	touch $@
 
 $(VENV)/stamp-demo: $(VENV)/stamp-torch

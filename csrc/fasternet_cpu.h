@@ -8,7 +8,8 @@
 // Arithmetic is float for float and bfloat16 storage, double for double storage. Every output element is accumulated in
 // one fixed order of K, so results depend neither on the number of threads nor on the batch an image comes in.
 //
-// The library owns no threads: each call takes a ParallelFor. Scratch is kept per thread and reused between calls.
+// The library owns no threads: each call takes a ParallelFor. Scratch is kept per thread and reused between calls; a
+// buffer of more than 32 MB, which only head and network at large batches need, is freed when the call returns.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +33,7 @@ const char* isa_name(Isa isa);
 
 std::vector<Isa> available_isas();  // those compiled in that this processor runs, slowest first
 // The one in use: the fastest available, or what the environment variable FASTERNET_KERNELS_ISA names (generic, avx2,
-// avx512), read once. Throws std::runtime_error if that is unknown or not available.
+// avx512), chosen once. Throws std::runtime_error if that is unknown or not available; the next call then looks again.
 Isa selected_isa();
 std::string compiler();  // name and version of the compiler that built the kernels
 
@@ -137,7 +138,7 @@ struct Head {
 void head(const Head& args, const ParallelFor& parallel);
 
 // A whole network, or the part of it up to some feature maps, as a list of steps run one after the other on
-// channels-last intermediates kept in the caller's scratch. `packed` is each step's own pack.
+// channels-last intermediates in two scratch buffers of the calling thread. `packed` is each step's own pack.
 struct NetworkStep {
   enum class Kind : int { kPatchConv = 0, kBlock = 1, kHead = 2, kEmit = 3 };
   Kind kind;

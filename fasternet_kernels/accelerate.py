@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import library, ops
 from .modules import (
@@ -25,11 +28,11 @@ from .modules import (
     FusedBlock,
     FusedPatchConv,
     PackingModule,
-    PConv,
     Sources,
     act_name,
     autocast_dtype,
     hooked,
+    must_run_plainly,
     uses_batch_statistics,
 )
 from .reference import ACTS, BLOCK, HEAD, PATCH_CONV, compute_dtype
@@ -76,87 +79,243 @@ class _Refused(Exception):
     """Why something that looks like a part is not swapped."""
 
 
-class _DoesNotRun(_Refused):
-    """The original module itself does not accept the input."""
+@dataclasses.dataclass(frozen=True)
+class _Match:
+    """A module's structure, as one of the kinds that can be swapped."""
+
+    mixin: type
+    paths: dict[str, tuple[str, ...] | None]
+    act: str
+    shapes: list[tuple[int, int, int]]  # of images to prove it on
 
 
 # ---- Swapped modules -----------------------------------------------------------------------------
+# A swapped module stays the same object: only its class changes, to one that puts a fused forward
+# in front of the original class. So attributes, methods, hooks, isinstance and references hold.
+
+_RECORD = "_fasternet_kernels"
 
 
-def _resolve(module: nn.Module, path: tuple[str, ...]):
-    for name in path:
-        module = module._modules[name]
-    return module
+@dataclasses.dataclass
+class _Record:
+    """What a swapped module was when it was proved, kept in its ``__dict__``."""
+
+    forward: object  # its own per-instance forward: a method's name, another callable, or None
+    paths: dict[str, tuple[str, ...] | None]  # where the parts are, below the module
+    act: str
+    known: list[tuple[tuple[str, ...], nn.Module]]  # all modules below it but the norm
+    children: list[tuple[nn.Module, int]]  # how many each of them has
+    settings: list[tuple[nn.Module, str, object]]  # see _settings
+
+
+_CONV = ("stride", "padding", "dilation", "groups", "padding_mode")
+_VARYING = ("training", "_pack", "call_super_init", "_is_full_backward_hook")
+
+
+def _settings(m: nn.Module) -> list[tuple[nn.Module, str, object]]:
+    """What of a module besides its children and tensors decides what it computes: triples of the
+    module, a name in its ``__dict__`` and the value."""
+    if isinstance(m, nn.Conv2d):
+        names = _CONV
+    elif isinstance(m, nn.GELU):
+        names = ("approximate",)
+    elif m._modules:
+        plain = (int, float, str, bool, type(None))
+        own = m.__dict__.items()
+        names = [name for name, v in own if type(v) in plain and name not in _VARYING]
+    else:
+        names = ()
+    return [(m, name, m.__dict__.get(name)) for name in (*names, "forward")]
+
+
+def _unchanged(settings: list[tuple[nn.Module, str, object]]) -> bool:
+    for m, name, value in settings:
+        now = m.__dict__.get(name)
+        if now is not value and now != value:
+            return False
+    return True
+
+
+@functools.cache
+def _swapped_class(mixin: type, cls: type) -> type:
+    """``cls`` with the fused forward of ``mixin`` in front, under the same name."""
+    names = ("__module__", "__qualname__", "__doc__")
+    body = {name: getattr(cls, name) for name in names} | {"original_class": cls}
+    signature = inspect.signature(cls.forward)
+
+    def forward(self, *args, **kwargs):
+        return self.run(*args, **kwargs)
+
+    forward.__signature__ = signature  # torch.export names the inputs after it
+    return type(cls.__name__, (mixin, cls), body | {"forward": forward})
+
+
+def _rebuild(mixin: type, cls: type) -> nn.Module:
+    """An empty swapped module for copy and pickle to fill."""
+    return object.__new__(_swapped_class(mixin, cls))
 
 
 class _Swapped:
-    """What the swapped modules share: they take over the whole state of the original and keep it
-    for restore."""
+    """What swapped modules share. ``mixin`` is set by each kind to itself, for copy and pickle."""
 
-    def adopt(self, original: nn.Module) -> None:
-        state = {name: value for name, value in original.__dict__.items() if name != "forward"}
-        self.__dict__.update(state)
-        self.__dict__["original"] = original  # not a child: it would appear in the state_dict
+    def __reduce_ex__(self, protocol):
+        return _rebuild, (self.mixin, self.original_class), self.__getstate__()
 
+    def __getstate__(self):
+        return dict(self.__dict__)
 
-class SwappedBlock(_Swapped, FusedBlock):
-    """Stands in for a block of another library. ``original`` is that block."""
+    def original(self, *args, **kwargs):
+        """The module's original forward."""
+        own = self.__dict__[_RECORD].forward
+        if own is None or isinstance(own, str):
+            return getattr(self.original_class, own or "forward")(self, *args, **kwargs)
+        return own(*args, **kwargs)
 
-    def __init__(self, original: nn.Module, paths: dict[str, tuple[str, ...] | None], act: str):
-        super().__init__()
-        self.adopt(original)
-        self.__dict__["_paths"] = paths
-        self.__dict__["_act"] = act
-
-    def parts(self) -> BlockParts:
-        at = {
-            name: None if path is None else _resolve(self, path)
-            for name, path in self._paths.items()
-            if name != "layer_scale"
-        }
-        path = self._paths["layer_scale"]
-        layer_scale = None if path is None else _resolve(self, path[:-1])._parameters[path[-1]]
-        return BlockParts(act=self._act, layer_scale=layer_scale, **at)
-
-    def fits(self, p: BlockParts) -> bool:
-        # Without fused training kernels the original's own forward is the quicker one.
-        if uses_batch_statistics(p.norm) and p.pw1.weight.device.type not in _FUSED_TRAINING:
-            return False
-        act_path = self._paths_act
-        if act_path is not None and act_name(_resolve(self, act_path)) != self._act:
-            return False
-        return super().fits(p)
+    def run(self, *args, **kwargs):
+        """The fused forward for a call with one argument, the original for any other."""
+        if len(args) != 1 or kwargs:
+            return self.original(*args, **kwargs)
+        return self.fused(*args)
 
     def unfused(self, x: Tensor) -> Tensor:
         return self.original(x)
 
+    def as_proved(self) -> bool:
+        """Whether the module is built as it was when it was proved, and nothing hooks into it."""
+        record = self.__dict__[_RECORD]
+        for path, module in record.known:
+            m = self
+            for name in path:
+                m = m._modules.get(name)
+                if m is None:
+                    return False
+            if m is not module:
+                return False
+        for m, n in record.children:
+            if len(m._modules) != n:
+                return False
+        if not _unchanged(record.settings):
+            return False
+        norm = self.part("norm")
+        inside = [m for _, m in record.known]
+        return not hooked(inside if norm is None else [*inside, norm])
+
+    def part(self, name: str) -> nn.Module | None:
+        """The part of that name, where the record says it is."""
+        path = self.__dict__[_RECORD].paths.get(name)
+        if path is None:
+            return None
+        m = self
+        for step in path:
+            m = m._modules[step]
+        return m
+
+
+def _swap(module: nn.Module, mixin: type, paths: dict, act: str = "identity") -> None:
+    """Turns ``module`` into a swapped one, in place."""
+    try:
+        swapped = _swapped_class(mixin, type(module))
+    except (TypeError, ValueError) as error:
+        raise _Refused(f"its class cannot be extended: {error}") from None
+    norm = paths.get("norm")
+    known = [
+        (tuple(name.split(".")), m)
+        for name, m in module.named_modules()
+        if name and tuple(name.split(".")) != norm
+    ]
+    varying = paths.get("drop_path")
+    own = module.__dict__.pop("forward", None)
+    if getattr(own, "__self__", None) is module and hasattr(type(module), own.__name__):
+        own = (
+            own.__name__
+        )  # as the official code sets it; a bound method would not survive pickling
+    proved = [module, *(m for path, m in known if path != varying)]
+    children = [(m, len(m._modules)) for m in proved if m._modules]
+    settings = [setting for m in proved for setting in _settings(m)]
+    module.__dict__[_RECORD] = _Record(own, paths, act, known, children, settings)
+    module.__class__ = swapped
+
+
+def _unswap(module: nn.Module) -> None:
+    record = module.__dict__.pop(_RECORD)
+    module.__dict__.pop("_pack", None)
+    module.__class__ = module.original_class
+    if record.forward is not None and "forward" not in module.__dict__:
+        own = record.forward
+        module.__dict__["forward"] = getattr(module, own) if isinstance(own, str) else own
+
+
+class SwappedBlock(_Swapped, FusedBlock):
+    """A block of another library that runs fused."""
+
+    def fused(self, x: Tensor) -> Tensor:
+        return FusedBlock.forward(self, x)
+
+    def parts(self) -> BlockParts | None:
+        if not self.as_proved():
+            return None
+        record = self.__dict__[_RECORD]
+        norm, pw1 = self.part("norm"), self.part("pw1")
+        if norm is not None and type(norm) not in (*NORMS, nn.Identity):
+            return None
+        path = record.paths["layer_scale"]
+        layer_scale = None
+        if path is not None:
+            owner = self
+            for step in path[:-1]:
+                owner = owner._modules[step]
+            layer_scale = owner._parameters.get(path[-1])
+            if layer_scale is None:
+                return None
+        return BlockParts(
+            self.part("partial"),
+            pw1,
+            norm,
+            record.act,
+            self.part("pw2"),
+            layer_scale,
+            self.part("drop_path"),
+        )
+
+    def trains_unfused(self, p: BlockParts) -> bool:
+        # Without fused training kernels the original's own forward is the quicker one.
+        if uses_batch_statistics(p.norm) and p.pw1.weight.device.type not in _FUSED_TRAINING:
+            return True
+        return super().trains_unfused(p)
+
+    def __getstate__(self):
+        return PackingModule.__getstate__(self)
+
 
 class SwappedPatchConv(_Swapped, FusedPatchConv):
-    """Stands in for a stem or merging layer of another library. ``original`` is that layer."""
+    """A stem or merging layer of another library that runs fused."""
 
-    def __init__(self, original: nn.Module, conv: tuple[str, ...], norm: tuple[str, ...] | None):
-        super().__init__()
-        self.adopt(original)
-        self.__dict__["_paths"] = (conv, norm)
+    def fused(self, x: Tensor) -> Tensor:
+        return FusedPatchConv.forward(self, x)
 
-    def parts(self) -> tuple[nn.Conv2d, nn.Module | None]:
-        conv, norm = self._paths
-        return _resolve(self, conv), None if norm is None else _resolve(self, norm)
+    def parts(self) -> tuple[nn.Conv2d, nn.Module | None] | None:
+        if not self.as_proved():
+            return None
+        norm = self.part("norm")
+        if norm is not None and type(norm) not in (*NORMS, nn.Identity):
+            return None
+        return self.part("conv"), norm
+
+    def __getstate__(self):
+        return PackingModule.__getstate__(self)
 
 
 class SwappedPConv(_Swapped, nn.Module):
-    """Stands in for a partial convolution of another library. ``original`` is that module."""
+    """A partial convolution of another library that runs fused."""
 
-    def __init__(self, original: nn.Module, conv: tuple[str, ...]):
-        super().__init__()
-        self.adopt(original)
-        self.__dict__["_path"] = conv
-
-    def forward(self, x: Tensor) -> Tensor:
-        conv = _resolve(self, self._path)
-        if type(conv) is not nn.Conv2d or hooked(conv):
+    def fused(self, x: Tensor) -> Tensor:
+        if must_run_plainly() or not self.as_proved():
             return self.original(x)
-        return ops.pconv3x3(x, conv.weight)
+        return ops.pconv3x3(x, self.part("partial").weight)
+
+
+for _kind in (SwappedBlock, SwappedPatchConv, SwappedPConv):
+    _kind.mixin = _kind
 
 
 # ---- Recognition ---------------------------------------------------------------------------------
@@ -207,7 +366,7 @@ def _own_parameters(module: nn.Module, leaves) -> list[tuple[tuple[str, ...], Te
     ]
 
 
-def _match_block(module: nn.Module) -> SwappedBlock | None:
+def _match_block(module: nn.Module) -> _Match | None:
     """A stand-in for ``module`` if it has a block's structure, None if it is something else
     altogether."""
     leaves = list(_leaves(module))
@@ -248,27 +407,22 @@ def _match_block(module: nn.Module) -> SwappedBlock | None:
     own = _own_parameters(module, leaves)
     if len(own) > 1 or (own and own[0][1].numel() != pw1.in_channels):
         raise _Refused("it has other parameters: " + ", ".join(".".join(path) for path, _ in own))
-    swapped = SwappedBlock(
-        module,
-        {
-            "partial": partial_path,
-            "pw1": pw1_path,
-            "norm": norms[0][0] if norms else None,
-            "pw2": pw2_path,
-            "layer_scale": own[0][0] if own else None,
-            "drop_path": rest[0][0] if rest else None,
-        },
-        act,
-    )
-    swapped.__dict__["_paths_act"] = acts[0][0] if acts else None
-    return swapped
+    paths = {
+        "partial": partial_path,
+        "pw1": pw1_path,
+        "norm": norms[0][0] if norms else None,
+        "pw2": pw2_path,
+        "layer_scale": own[0][0] if own else None,
+        "drop_path": rest[0][0] if rest else None,
+    }
+    return _Match(SwappedBlock, paths, act, [(pw1.in_channels, 3, 5), (pw1.in_channels, 4, 2)])
 
 
-def _match_patch_conv(module: nn.Module) -> SwappedPatchConv | None:
+def _match_patch_conv(module: nn.Module) -> _Match | None:
     leaves = list(_leaves(module))
     if not leaves or len(leaves) > 2 or type(leaves[0][1]) is not nn.Conv2d:
         return None
-    conv = leaves[0][1]
+    path, conv = leaves[0]
     norm = leaves[1] if len(leaves) == 2 else None
     if norm is not None and type(norm[1]) not in (*NORMS, nn.Identity):
         return None
@@ -276,18 +430,38 @@ def _match_patch_conv(module: nn.Module) -> SwappedPatchConv | None:
         return None
     if conv.dilation != (1, 1) or conv.groups != 1 or _own_parameters(module, leaves):
         return None
-    return SwappedPatchConv(module, leaves[0][0], None if norm is None else norm[0])
+    kh, kw = conv.kernel_size
+    paths = {"conv": path, "norm": None if norm is None else norm[0]}
+    shapes = [(conv.in_channels, 2 * kh + 1, 3 * kw), (conv.in_channels, kh, 2 * kw + kw - 1)]
+    return _Match(SwappedPatchConv, paths, "identity", shapes)
 
 
-def _match_pconv(module: nn.Module) -> SwappedPConv | None:
+def _match_pconv(module: nn.Module) -> _Match | None:
+    """The number of input channels stands nowhere in a partial convolution: it is one of the
+    module's integers, or a sum. What accepts no input wider than its convolution is something else.
+    """
     leaves = list(_leaves(module))
     if len(leaves) != 1 or not _is_same_conv3x3(leaves[0][1]) or _own_parameters(module, leaves):
         return None
     path, conv = leaves[0]
-    _check_plain("the 3x3 convolution", conv, (1, 1), (1, 1))
-    if conv.bias is not None:
-        raise _Refused("the 3x3 convolution has a bias")
-    return SwappedPConv(module, path)
+    c_partial = conv.in_channels
+    numbers = [v for v in vars(module).values() if type(v) is int and v > 0]
+    widths = sorted({v for v in (*numbers, *(c_partial + v for v in numbers)) if v > c_partial})
+    widths += [n * c_partial for n in (4, 2, 3, 8) if n * c_partial not in widths]
+    twin = _randomised_copy(module).eval()
+    for width in widths:
+        try:
+            y, _ = _run(twin, _image(width, 3, 5), 0)
+        except Exception:  # not the input's width
+            continue
+        if isinstance(y, Tensor) and y.dim() == 4 and y.shape[1] == width:
+            _check_plain("the 3x3 convolution", conv, (1, 1), (1, 1))
+            if conv.bias is not None:
+                raise _Refused("the 3x3 convolution has a bias")
+            return _Match(
+                SwappedPConv, {"partial": path}, "identity", [(width, 3, 5), (width, 4, 2)]
+            )
+    return None
 
 
 # ---- Proof ---------------------------------------------------------------------------------------
@@ -321,11 +495,8 @@ def _randomised_copy(module: nn.Module) -> nn.Module:
             if name.endswith("running_var"):
                 t.uniform_(0.5, 1.5, generator=generator)
             else:
-                t.normal_(
-                    0.0,
-                    (1.0 / max(1, t[0].numel())) ** 0.5 if t.dim() > 1 else 1.0,
-                    generator=generator,
-                )
+                bound = (3.0 / max(1, t[0].numel())) ** 0.5 if t.dim() > 1 else 1.0
+                t.uniform_(-bound, bound, generator=generator)
     return twin.requires_grad_(False)
 
 
@@ -345,118 +516,114 @@ def _run(module: nn.Module, x: Tensor, seed: int):
         return module(x), x
 
 
-def _prove(swapped, x: Tensor, modes: tuple[bool, ...]) -> None:
-    """Raises _Refused unless copies of the original and of its stand-in agree on ``x`` in the given
-    training modes."""
-    theirs = _randomised_copy(swapped.original)
+def _image(channels: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, channels, height, width, dtype=torch.float64, generator=generator)
+
+
+def _agree(ours: nn.Module, theirs: nn.Module, x: Tensor, seed: int, when: str) -> None:
+    """Raises _Refused unless both give the same on ``x`` and leave it alone."""
+    try:
+        expected, x_after = _run(theirs, x, seed)
+    except Exception as error:  # whatever the module raises: it is not one of ours
+        raise _Refused(f"it does not run on an input of shape {tuple(x.shape)}: {error}") from None
+    if not torch.equal(x_after, x):
+        raise _Refused("it changes its input in place")
+    try:
+        got, _ = _run(ours, x, seed)
+    except Exception as error:
+        raise _Refused(f"the fused module does not run: {error}") from None
+    difference = _difference(got, expected)
+    if not difference <= _TOLERANCE:
+        raise _Refused(f"it computes something else: {when} it differs by {difference:.1e}")
+
+
+def _prove(module: nn.Module, match: _Match) -> None:
+    """Raises _Refused unless copies of the module, one swapped and one not, agree in eval and in
+    training mode, on inputs of the order of 1 and of 1000."""
+    theirs = _randomised_copy(module)
     ours = copy.deepcopy(theirs)
-    fused = copy.copy(swapped)
-    fused.__dict__.update(
-        {name: value for name, value in ours.__dict__.items() if name != "forward"}
-    )
-    fused.__dict__["original"] = ours
-    for training in modes:
+    _swap(ours, match.mixin, match.paths, match.act)
+    for training in (False, True):
         theirs.train(training)
-        fused.train(training)
-        mode = "training" if training else "eval"
-        for seed in range(2 if training else 1):
-            try:
-                expected, x_after = _run(theirs, x, seed)
-            except Exception as error:  # whatever the module raises: it is not one of ours
-                raise _DoesNotRun(
-                    f"it does not run on an input of shape {tuple(x.shape)}: {error}"
-                ) from None
-            if not torch.equal(x_after, x):
-                raise _Refused("it changes its input in place")
-            try:
-                got, _ = _run(fused, x, seed)
-            except Exception as error:
-                raise _Refused(f"the fused module does not run: {error}") from None
-            difference = _difference(got, expected)
-            if not difference <= _TOLERANCE:
-                raise _Refused(
-                    f"it computes something else: in {mode} mode it differs by {difference:.1e}"
-                )
-        for (name, a), b in zip(fused.named_buffers(), theirs.buffers()):
+        ours.train(training)
+        when = "in training mode" if training else "in eval mode"
+        for seed, shape in enumerate(match.shapes):
+            _agree(ours, theirs, _image(*shape) * 1000.0**seed, seed, when)
+        for (name, a), b in zip(ours.named_buffers(), theirs.buffers()):
             if a.is_floating_point() and not _difference(a, b) <= _TOLERANCE:
                 raise _Refused(f"it updates {name} differently")
-
-
-def _image(channels: int, height: int, width: int) -> Tensor:
-    return torch.randn(
-        2, channels, height, width, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
-    )
-
-
-def _prove_block(swapped: SwappedBlock) -> None:
-    _prove(swapped, _image(swapped.parts().pw1.in_channels, 3, 5), (False, True))
-
-
-def _prove_patch_conv(swapped: SwappedPatchConv) -> None:
-    conv, _ = swapped.parts()
-    kh, kw = conv.kernel_size
-    _prove(swapped, _image(conv.in_channels, 2 * kh + 1, 3 * kw), (False, True))
-
-
-def _prove_pconv(swapped: SwappedPConv) -> None:
-    """The number of input channels stands nowhere in the convolution: it is one of the module's
-    integers, or a sum."""
-    c_partial = _resolve(swapped, swapped._path).in_channels
-    numbers = [v for v in vars(swapped.original).values() if type(v) is int and v > 0]
-    candidates = sorted({v for v in (*numbers, *(c_partial + v for v in numbers)) if v > c_partial})
-    candidates += [
-        n_div * c_partial for n_div in (4, 2, 3, 8) if n_div * c_partial not in candidates
-    ]
-    for channels in candidates:
-        try:
-            return _prove(swapped, _image(channels, 3, 5), (False, True))
-        except _DoesNotRun:
-            continue  # not the input's width
-    raise _DoesNotRun("it runs on no input wider than its convolution")
 
 
 # ---- Networks ------------------------------------------------------------------------------------
 
 
-class NetworkForward:
-    """Runs a whole accelerated network as one op when nothing needs gradients; otherwise module by
-    module.
+class SwappedNetwork(_Swapped):
+    """A whole network that runs as one op when nothing needs gradients, else module by module.
 
-    An instance stands in the model's ``__dict__`` under ``forward``, so that copies and pickles of
-    the model carry their own. A plan of packed weights is kept from call to call; each call makes
-    sure that the model still has the modules, parameters, buffers and modes that it was made of,
-    and no hooks.
+    A plan of packed weights is kept from call to call; each call makes sure that the model still
+    has the modules, parameters, buffers, modes and settings that it was made of, and no hooks.
     """
 
-    def __init__(self, model: nn.Module, steps, head: dict[str, tuple[str, ...]], act: str):
-        self.model = model
-        # The model's own per-instance forward, if it has one.
-        self.inner = model.__dict__.get("forward")
-        self.steps = [_resolve(model, path) for path in steps]
-        self.head = head
-        self.act = act
-        inside = {id(m) for step in self.steps for m in step.modules()}
-        self.outside = [
-            (m, tuple(m._modules.values())) for m in model.modules() if id(m) not in inside
-        ]
-        self._kept: tuple[_Snapshot, list[Tensor], list[int]] | None = None
+    def fused(self, x):
+        network = self.__dict__[_NETWORK]
+        unfused = (
+            torch.compiler.is_compiling()
+            or torch.is_grad_enabled()
+            or self.training
+            or network.model is not self  # a shallow copy, as DataParallel makes
+            or not isinstance(x, Tensor)
+            or x.dim() != 4
+            or x.device.type != "cpu"
+            or must_run_plainly()
+            or _get_current_dispatch_mode() is not None
+        )
+        if unfused:
+            network.kept = None
+            return self.original(x)
+        plan = network.plan()
+        if plan is None:
+            return self.original(x)
+        cast = autocast_dtype(x)
+        weight = network.stem_weight()
+        fits = x.shape[1] == weight.shape[1] and x.device == weight.device
+        if not fits or not _large_enough(x, plan[1]) or (cast is None and x.dtype != weight.dtype):
+            return self.original(x)  # whose modules say what is wrong
+        (logits,) = _ops.network(x if cast is None else x.to(cast), *plan)
+        return logits
 
     def drop_pack(self) -> None:
         """Forgets the plan; the next call makes a new one from the packs of the modules."""
-        self._kept = None
+        self.__dict__[_NETWORK].kept = None
+
+
+SwappedNetwork.mixin = SwappedNetwork
+_NETWORK = "_fasternet_kernels_network"
+
+
+class _Network:
+    """The chain of a recognised network, in the model's ``__dict__``."""
+
+    def __init__(self, model: nn.Module, chain: list[str], conv: str, fc: str, act: str):
+        self.model = model
+        self.chain, self.conv_name, self.fc_name, self.act = chain, conv, fc, act
+        self.steps = [model.get_submodule(name) for name in chain]
+        self.conv, self.fc = model.get_submodule(conv), model.get_submodule(fc)
+        inside = {id(m) for step in self.steps for m in step.modules()}
+        others = [m for m in model.modules() if id(m) not in inside]
+        self.outside = [(m, tuple(m._modules.values())) for m in others]
+        self.settings = [s for m in others if m is not model for s in _settings(m)]
+        self.kept: tuple[_Snapshot, list[Tensor], list[int]] | None = None
 
     def __getstate__(self):
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "kept": None}
 
-    def modules_run(self, x: Tensor):
-        """The model as it is, module by module."""
-        if self.inner is not None:
-            return self.inner(x)
-        return type(self.model).forward(self.model, x)
+    def stem_weight(self) -> Tensor:
+        return self.steps[0].part("conv").weight
 
     def intact(self) -> bool:
-        """Whether the chain outside the swapped modules is as it was recognised."""
-        return all(
+        """Whether the modules outside the steps are as they were recognised."""
+        return _unchanged(self.settings) and all(
             len(m._modules) == len(children)
             and all(a is b for a, b in zip(m._modules.values(), children))
             for m, children in self.outside
@@ -464,27 +631,31 @@ class NetworkForward:
 
     def plan(self) -> tuple[list[Tensor], list[int]] | None:
         """(packs, plan) for the network op, or None if a part cannot take part now."""
-        if self._kept is not None and self._kept[0].current():
-            return self._kept[1:]
-        self._kept = None
+        kept = self.kept
+        if kept is not None and kept[0].current(self.steps):
+            return kept[1:]
+        self.kept = None
         snapshot = _Snapshot(self.model)
-        if not self.intact() or snapshot.has_hooks():
+        if snapshot.training() or snapshot.has_hooks() or not self.intact():
             return None
         packs, plan = [], []
         for step in self.steps:
+            parts = None if "forward" in step.__dict__ else step.parts()
+            if parts is None:
+                return None
             if isinstance(step, FusedPatchConv):
-                conv, norm = step.parts()
-                if not step.fits(conv, norm):
+                conv, norm = parts
+                if uses_batch_statistics(norm):
                     return None
                 packs.append(step.patch_pack(conv, norm))
                 plan += [PATCH_CONV, conv.out_channels, *conv.kernel_size, 0]
             else:
-                p = step.parts()
-                if not step.fits(p) or _drops_paths(p.drop_path):
+                if uses_batch_statistics(parts.norm):
                     return None
-                packs.append(step.block_pack(p))
-                plan += [BLOCK, p.partial.out_channels, p.pw1.out_channels, 0, ACTS.index(p.act)]
-        conv, fc = _resolve(self.model, self.head["conv"]), _resolve(self.model, self.head["fc"])
+                packs.append(step.block_pack(parts))
+                c_partial, c_hidden = parts.partial.out_channels, parts.pw1.out_channels
+                plan += [BLOCK, c_partial, c_hidden, 0, ACTS.index(parts.act)]
+        conv, fc = self.conv, self.fc
         if conv.weight.dtype != fc.weight.dtype:
             return None
         with torch.no_grad():
@@ -492,36 +663,9 @@ class NetworkForward:
             shifts = [None if b is None else b.to(dtype) for b in (conv.bias, fc.bias)]
             packs.append(_ops.pack([conv.weight, fc.weight], [None, None], shifts))
         plan += [HEAD, conv.out_channels, fc.out_features, 0, ACTS.index(self.act)]
-        self._kept = (snapshot, packs, plan)
+        snapshot.watch(self.steps)
+        self.kept = (snapshot, packs, plan)
         return packs, plan
-
-    @property
-    def __code__(self):
-        """torch.export asks a module's forward for its code, to name where it comes from."""
-        return type(self).__call__.__code__
-
-    def __call__(self, x: Tensor):
-        unfused = (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
-            or self.model.training
-            or not isinstance(x, Tensor)
-            or x.dim() != 4
-            or x.device.type != "cpu"
-        )
-        plan = None if unfused else self.plan()
-        if plan is None:
-            return self.modules_run(x)
-        stem, _ = self.steps[0].parts()
-        cast = autocast_dtype(x)
-        if x.shape[1] != stem.in_channels or not _large_enough(x, plan[1]):
-            return self.modules_run(x)  # the modules raise as they always did
-        if cast is not None:
-            x = x.to(cast)
-        elif x.dtype != stem.weight.dtype or stem.weight.device != x.device:
-            return self.modules_run(x)
-        (logits,) = _ops.network(x, *plan)
-        return logits
 
 
 class _Snapshot:
@@ -529,6 +673,7 @@ class _Snapshot:
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
+        self.modules = modules
         self.children = [(m, m._modules, tuple(m._modules.values())) for m in modules]
         self.hooks = [
             hooks
@@ -545,35 +690,45 @@ class _Snapshot:
             for name in slots
         ]
         self.norms = [m for m in modules if isinstance(m, NORMS)]
+        self.settings = [s for m in modules if m is not model for s in _settings(m)]
         self.sources = Sources(self.tensors(), self.constants())
+        self.packs: list[tuple | None] = []
+
+    def watch(self, steps: list[PackingModule]) -> None:
+        """The plan holds only as long as the steps keep the packs that it was made of."""
+        self.packs = [step._pack for step in steps]
 
     def tensors(self) -> list[Tensor | None]:
         return [slots[name] for slots, name in self.slots]
 
     def constants(self) -> tuple:
-        return tuple((m.eps, m.training) for m in self.norms)
+        return tuple(m.eps for m in self.norms)
+
+    def training(self) -> bool:
+        return any(m.training for m in self.modules)
 
     def has_hooks(self) -> bool:
         return any(self.hooks)
 
-    def current(self) -> bool:
-        """Whether nothing has changed since, as far as PyTorch can tell."""
+    def current(self, steps: list[PackingModule]) -> bool:
+        """Whether nothing has changed since, as far as can be told."""
         if any(self.hooks):
             return False
+        for step, pack in zip(steps, self.packs):
+            if pack is None or step._pack is not pack:
+                return False
         for m, modules, children in self.children:
             if m.training or len(modules) != len(children):
                 return False
             for a, b in zip(modules.values(), children):
                 if a is not b:
                     return False
+        if not _unchanged(self.settings):
+            return False
         try:
             return self.sources.current(self.tensors(), self.constants())
         except KeyError:  # a parameter or buffer is gone
             return False
-
-
-def _drops_paths(drop_path: nn.Module | None) -> bool:
-    return drop_path is not None and drop_path.training and type(drop_path) is not nn.Identity
 
 
 def _large_enough(x: Tensor, plan: list[int]) -> bool:
@@ -585,7 +740,7 @@ def _large_enough(x: Tensor, plan: list[int]) -> bool:
     return height > 0 and width > 0
 
 
-def _match_network(model: nn.Module) -> NetworkForward | None:
+def _match_network(model: nn.Module) -> _Network | None:
     """Recognises and proves stem, blocks and merging layers, then pool, 1x1 convolution,
     activation, linear.
 
@@ -596,108 +751,98 @@ def _match_network(model: nn.Module) -> NetworkForward | None:
 
     def walk(module: nn.Module, prefix: str) -> None:
         for name, child in module._modules.items():
-            if isinstance(child, (FusedBlock, FusedPatchConv)) or (
-                child is not None and not child._modules
-            ):
+            if isinstance(child, _Swapped) or (child is not None and not child._modules):
                 units[prefix + name] = child
             elif child is not None:
                 walk(child, f"{prefix}{name}.")
 
     walk(model, "")
-    patches = [m for m in units.values() if isinstance(m, FusedPatchConv)]
-    steps = {name for name, m in units.items() if isinstance(m, (FusedBlock, FusedPatchConv))}
+    steps = {name for name, m in units.items() if isinstance(m, (SwappedBlock, SwappedPatchConv))}
+    patches = [units[name] for name in steps if isinstance(units[name], SwappedPatchConv)]
     others = {
         name
         for name, m in units.items()
         if name not in steps and next(m.parameters(), None) is not None
     }
-    if (
-        not patches
-        or len(others) != 2
-        or len({m.parts()[0].in_channels for m in patches}) != len(patches)
-    ):
+    convs = [m.part("conv") for m in patches]
+    if not convs or len(others) != 2 or len({conv.in_channels for conv in convs}) != len(convs):
         return None
     twin = _randomised_copy(model).eval()
     calls: list[str] = []
-    handles = []
-    for name in units:
-        handles.append(
-            twin.get_submodule(name).register_forward_pre_hook(
-                lambda *_, name=name: calls.append(name)
-            )
-        )
-    stem = min((m.parts()[0] for m in patches), key=lambda conv: conv.in_channels)
+    handles = [
+        twin.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
+        for name in units
+    ]
     total = [1, 1]
-    for m in patches:
-        total = [t * k for t, k in zip(total, m.parts()[0].kernel_size)]
-    x = _image(stem.in_channels, 2 * total[0], total[1])
+    for conv in convs:
+        total = [t * k for t, k in zip(total, conv.kernel_size)]
+    stem = min(convs, key=lambda conv: conv.in_channels)
+    # The second image is no multiple of anything, so whatever pads or crops shows.
+    images = [
+        _image(stem.in_channels, 2 * total[0], total[1]),
+        _image(stem.in_channels, total[0] + 3, 2 * total[1] - 1) * 1000.0,
+    ]
     try:
-        expected, _ = _run(twin, x, 0)
+        expected = [_run(twin, x, 0)[0] for x in images]
     except Exception as error:
-        raise _Refused(f"it does not run on an input of shape {tuple(x.shape)}: {error}") from None
+        raise _Refused(f"it does not run on small images: {error}") from None
     for handle in handles:
         handle.remove()
+    calls = calls[: len(calls) // 2]
     chain = [name for name in calls if name in steps]
-    tail = [name for name in calls[calls.index(chain[-1]) + 1 :] if chain] if chain else []
-    if (
-        len(chain) != len(steps)
-        or set(chain) != steps
-        or [name for name in tail if name in others] != [name for name in calls if name in others]
-    ):
+    if len(chain) != len(steps) or set(chain) != steps:
         return None
-    convs = [name for name in tail if _is_conv1x1(units[name])]
+    tail = calls[calls.index(chain[-1]) + 1 :]
+    if {name for name in tail if name in others} != others or len(tail) != len(set(tail)):
+        return None
+    heads = [name for name in tail if _is_conv1x1(units[name])]
     linears = [name for name in tail if isinstance(units[name], nn.Linear)]
     acts = {act_name(units[name]) for name in tail} - {None, "identity"}
-    if len(convs) != 1 or len(linears) != 1 or len(acts) > 1:
+    if len(heads) != 1 or len(linears) != 1 or len(acts) > 1:
         return None
-    path = {name: tuple(name.split(".")) for name in (*chain, convs[0], linears[0])}
-    arguments = (
-        [path[name] for name in chain],
-        {"conv": path[convs[0]], "fc": path[linears[0]]},
-        (*acts, "identity")[0],
-    )
-    got, _ = _run(NetworkForward(twin, *arguments), x, 0)
-    difference = _difference(got, expected)
-    if not difference <= _TOLERANCE:
-        raise _Refused(f"the chain computes something else: it differs by {difference:.1e}")
-    return NetworkForward(model, *arguments)
+    arguments = (chain, heads[0], linears[0], (*acts, "identity")[0])
+    network = _Network(twin, *arguments)
+    for x, y in zip(images, expected):
+        with torch.no_grad():
+            try:
+                plan = network.plan()
+                (got,) = _ops.network(x, *plan)
+            except Exception as error:
+                raise _Refused(f"the chain does not run as one op: {error}") from None
+        difference = _difference(got, y)
+        if not difference <= _TOLERANCE:
+            raise _Refused(f"the chain computes something else: it differs by {difference:.1e}")
+    return _Network(model, *arguments)
 
 
 # ---- Public functions ----------------------------------------------------------------------------
 
 
-def _swap_below(
-    module: nn.Module, path: tuple[str, ...], match, prove, kind: str, rows: list[Row]
+def _swap_innermost(
+    module: nn.Module, path: tuple[str, ...], match, kind: str, rows: list[Row]
 ) -> bool:
-    """Swaps the innermost matches below ``module``, which is not swapped itself. Returns whether
-    anything below matched."""
+    """Swaps the innermost matches in ``module``, itself or below. Returns whether it found any."""
+    if isinstance(module, (_Swapped, PackingModule)):
+        return True
     found = False
-    for name, child in list(module._modules.items()):
-        if (
-            child is None
-            or not child._modules
-            or isinstance(child, (_Swapped, PackingModule, PConv))
-        ):
-            found |= isinstance(child, (_Swapped, PackingModule, PConv))
-            continue
-        where = (*path, name)
-        if _swap_below(child, where, match, prove, kind, rows):
-            found = True
-            continue
-        try:
-            swapped = match(child)
-            if swapped is None:
-                continue
-            prove(swapped)
-        except _DoesNotRun:
-            continue  # a convolution on all channels of something else
-        except _Refused as refused:
-            rows.append(Row(".".join(where), kind, False, str(refused)))
-            continue
-        found = True
-        rows.append(Row(".".join(where), kind, True))
-        module._modules[name] = swapped
-    return found
+    first = len(rows)
+    for name, child in module._modules.items():
+        if child is not None:
+            found |= _swap_innermost(child, (*path, name), match, kind, rows)
+    if found or not module._modules:
+        return found
+    try:
+        matched = match(module)
+        if matched is None:
+            return False
+        _prove(module, matched)
+        _swap(module, matched.mixin, matched.paths, matched.act)
+    except _Refused as refused:
+        if len(rows) == first:  # else the reason is already given further down
+            rows.append(Row(".".join(path), kind, False, str(refused)))
+        return False
+    rows[first:] = [Row(".".join(path), kind, True)]
+    return True
 
 
 def accelerate(model: nn.Module) -> nn.Module:
@@ -715,45 +860,35 @@ def accelerate(model: nn.Module) -> nn.Module:
     runs its original's forward on devices that have no fused training kernels.
 
     Args:
-        model: any module that holds such parts below it, on any device and of any dtype.
+        model: any module that is or holds such parts, on any device and of any dtype.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}, expected a torch.nn.Module")
+    restore(model)
     rows: list[Row] = []
-    _swap_below(model, (), _match_block, _prove_block, "block", rows)
-    _swap_below(model, (), _match_pconv, _prove_pconv, "pconv", rows)
+    _swap_innermost(model, (), _match_block, "block", rows)
+    _swap_innermost(model, (), _match_pconv, "pconv", rows)
     if any(isinstance(m, FusedBlock) for m in model.modules()):
-        _swap_below(model, (), _match_patch_conv, _prove_patch_conv, "patch_conv", rows)
-    if isinstance(model.__dict__.get("forward"), NetworkForward):
-        _restore_forward(model)
+        _swap_innermost(model, (), _match_patch_conv, "patch_conv", rows)
     try:
-        forward = _match_network(model)
-        if forward is not None:
-            model.__dict__["forward"] = forward
+        network = _match_network(model)
+        if network is not None:
+            model.__dict__[_NETWORK] = network
+            _swap(model, SwappedNetwork, {})
             rows.append(Row("", "network", True))
     except _Refused as refused:
         rows.append(Row("", "network", False, str(refused)))
-    kept = [row for row in report(model).rows if row.swapped and row.kind != "network"]
-    model.__dict__["_fasternet_kernels_report"] = Report((*kept, *rows))
+    model.__dict__[_REPORT] = Report(tuple(rows))
     return model
 
 
-def _restore_forward(model: nn.Module) -> None:
-    forward = model.__dict__.get("forward")
-    if isinstance(forward, NetworkForward):
-        del model.__dict__["forward"]
-        if forward.inner is not None:
-            model.__dict__["forward"] = forward.inner
-
-
 def restore(model: nn.Module) -> nn.Module:
-    """Puts the original modules back in place of those that :func:`accelerate` swapped, and returns
-    ``model``.
+    """Makes every module that :func:`accelerate` swapped what it was, and returns ``model``.
 
-    Parameters, buffers and training modes stay as they are now.
+    Parameters, buffers, hooks and training modes stay as they are now.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
@@ -761,16 +896,17 @@ def restore(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}, expected a torch.nn.Module")
     for module in list(model.modules()):
-        for name, child in list(module._modules.items()):
-            if isinstance(child, _Swapped):
-                child.original.training = child.training
-                module._modules[name] = child.original
-    _restore_forward(model)
-    model.__dict__.pop("_fasternet_kernels_report", None)
+        if isinstance(module, _Swapped):
+            _unswap(module)
+    model.__dict__.pop(_NETWORK, None)
+    model.__dict__.pop(_REPORT, None)
     return model
 
 
 def report(model: nn.Module) -> Report:
     """What :func:`accelerate` swapped in ``model`` and what it refused, with the reasons; empty if
     it was never called."""
-    return model.__dict__.get("_fasternet_kernels_report", Report(()))
+    return model.__dict__.get(_REPORT, Report(()))
+
+
+_REPORT = "_fasternet_kernels_report"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import math
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -181,17 +182,30 @@ def _randomise(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Error:
-    """Distance from the float64 answer."""
+    """Distance from the float64 answer: L2 norm and largest absolute value of the difference."""
 
-    relative_l2: float
+    l2: float
     maximum: float
+
+
+def _allowed_error(exact: Tensor, rivals: list[Error], dtype: torch.dtype, factor: float) -> Error:
+    """How far a right answer in ``dtype`` may be off: ``factor`` times the largest error of the
+    rivals, plus one unit in the last place of the largest exact value.
+    """
+    info = torch.finfo(dtype)
+    ulp = info.eps * 2.0 ** math.floor(math.log2(max(exact.abs().max().item(), info.tiny)))
+    return Error(
+        factor * max(error.l2 for error in rivals) + ulp,
+        factor * max(error.maximum for error in rivals) + ulp,
+    )
 
 
 class Judge:
     """Decides whether logits are right, by the errors that eager PyTorch itself makes in float32.
 
-    Errors are the relative L2 norm and the largest difference. Each may be at most twice the larger
-    of what eager makes in its two layouts, plus one unit in the last place of the largest logit.
+    Errors are the L2 norm of the difference and its largest absolute value. Each may be at most
+    twice the larger of what eager makes in its two layouts, plus one unit in the last place of the
+    largest logit.
     """
 
     def __init__(self, model: nn.Module, x: Tensor):
@@ -205,30 +219,26 @@ class Judge:
     def error(self, logits: Tensor) -> Error:
         """Errors of logits of the reference's shape."""
         difference = logits.double() - self.reference
-        relative = difference.norm() / self.reference.norm()
-        return Error(relative.item(), difference.abs().max().item())
+        return Error(difference.norm().item(), difference.abs().max().item())
 
     def allowed(self, factor: float = 2.0) -> Error:
         """The largest right errors."""
         errors = [self.error(logits) for logits in self.eager.values()]
-        largest = self.reference.abs().max().item()
-        ulp = float(np.spacing(np.float32(largest)))
-        return Error(
-            factor * max(error.relative_l2 for error in errors) + ulp / largest,
-            factor * max(error.maximum for error in errors) + ulp,
-        )
+        return _allowed_error(self.reference, errors, torch.float32, factor)
 
     def accepts(self, logits: Tensor, factor: float = 2.0) -> bool:
         """Whether both errors are allowed; NaN is not."""
         error, allowed = self.error(logits), self.allowed(factor)
-        return error.relative_l2 <= allowed.relative_l2 and error.maximum <= allowed.maximum
+        return error.l2 <= allowed.l2 and error.maximum <= allowed.maximum
 
 
 def _compare(judge: Judge, logits: Tensor) -> bool:
     """Prints the answers and their errors; returns whether the accelerated network's is right."""
 
+    norm = judge.reference.norm().item()
+
     def row(name: str, error: Error | None, logits: Tensor | None) -> None:
-        errors = f"{error.relative_l2:12.2e} {error.maximum:12.2e}" if error else " " * 25
+        errors = f"{error.l2 / norm:12.2e} {error.maximum:12.2e}" if error else " " * 25
         top = "" if logits is None else " ".join(map(str, logits[0].topk(5).indices.tolist()))
         print(f"{name:<28}{errors}   {top}".rstrip())
 

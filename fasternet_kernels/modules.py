@@ -16,11 +16,14 @@ converters see what they know. What runs depends on the call:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import ops
 from .models import ACTIVATIONS, DropPath
@@ -83,23 +86,23 @@ def _batch_scale_and_shift(
     """(scale, shift) of ``(z - mean) * scale + shift`` from batch statistics; updates the running
     ones as nn.BatchNorm2d does."""
     count = z.shape[0] * z.shape[2] * z.shape[3]
-    if count <= 1:
+    if count == 1:
         raise ValueError(
             "batch statistics need more than 1 value per channel, "
             f"got a hidden tensor of shape {tuple(z.shape)}; call eval() for a single value"
         )
-    if norm.training and norm.running_mean is not None:
+    if norm.training and norm.track_running_stats and norm.running_mean is not None:
         with torch.no_grad():
-            norm.num_batches_tracked.add_(1)
             factor = norm.momentum
-            if factor is None:
-                factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+            if norm.num_batches_tracked is not None:
+                norm.num_batches_tracked.add_(1)
+                if factor is None:
+                    factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
             for running, batch in ((norm.running_mean, mean), (norm.running_var, m2 / (count - 1))):
                 running.mul_(1 - factor).add_((batch * factor).to(running.dtype))
     scale = torch.rsqrt(m2 / count + norm.eps)
-    if norm.weight is None:
-        return scale, torch.zeros_like(scale)
-    return scale * norm.weight.to(scale.dtype), norm.bias.to(scale.dtype)
+    shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.to(scale.dtype)
+    return (scale if norm.weight is None else scale * norm.weight.to(scale.dtype)), shift
 
 
 def _needs_process_group(norm: nn.Module | None) -> bool:
@@ -107,10 +110,19 @@ def _needs_process_group(norm: nn.Module | None) -> bool:
     return isinstance(norm, nn.SyncBatchNorm) and torch.distributed.is_initialized()
 
 
-def hooked(*modules: nn.Module | None) -> bool:
-    """Whether calling one of the modules does more than its forward: the fused forward would skip
+def hooked(modules: Iterable[nn.Module]) -> bool:
+    """Whether calling one of the modules does more than its forward: a fused forward would skip
     that."""
-    return any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in modules)
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+    return bool(torch.nn.modules.module._has_any_global_hook())
+
+
+def must_run_plainly() -> bool:
+    """Whether the caller differentiates or traces in a way that the fused ops do not support:
+    forward-mode differentiation, torch.jit.trace."""
+    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -141,31 +153,58 @@ def _partial_channels(dim: int, n_div: int) -> int:
 # ---- Packs ---------------------------------------------------------------------------------------
 
 
+_optimizer_steps = 0
+
+
+def _count_optimizer_step(*_) -> None:
+    global _optimizer_steps
+    _optimizer_steps += 1
+
+
+# Fused optimizers write parameters without counting a version, so every step of any counts here.
+register_optimizer_step_post_hook(_count_optimizer_step)
+
+
 class Sources:
     """Tensors that something was computed from, and how to tell whether it is still current.
 
-    Holds the tensors themselves, so that no other can take their place in memory unnoticed.
+    Holds the tensors and their storage, so that nothing else can take their place in memory
+    unnoticed.
     """
 
     def __init__(self, tensors: Sequence[Tensor | None], constants: tuple = ()):
         self.constants = constants
+        self.optimizer_steps = _optimizer_steps
         try:
-            self.seen = tuple((t, 0 if t is None else _state(t)) for t in tensors)
+            self.seen = [None if t is None else (t, t._version, t.data_ptr()) for t in tensors]
+            self.storages = [None if t is None else t.untyped_storage() for t in tensors]
         except RuntimeError:  # inference tensors do not count their versions: nothing can be told
             self.seen = None
 
     def current(self, tensors: Sequence[Tensor | None], constants: tuple = ()) -> bool:
-        """Whether these are the same tensors with the same contents as far as PyTorch knows."""
-        if self.seen is None or constants != self.constants or len(tensors) != len(self.seen):
+        """Whether these are the same tensors with the same contents as far as can be known."""
+        if (
+            self.seen is None
+            or self.optimizer_steps != _optimizer_steps
+            or constants != self.constants
+            or len(tensors) != len(self.seen)
+        ):
             return False
-        for t, (known, state) in zip(tensors, self.seen):
-            if t is not known or (t is not None and _state(t) != state):
+        for t, seen in zip(tensors, self.seen):
+            if t is None or seen is None:
+                if t is not seen:
+                    return False
+            elif t is not seen[0] or t._version != seen[1] or t.data_ptr() != seen[2]:
                 return False
         return True
 
 
-def _state(t: Tensor) -> tuple[int, int]:
-    return t._version, t.data_ptr()
+def norm_tensors(norm: nn.Module | None) -> tuple[Tensor | None, ...]:
+    """What a batch norm computes from. The counter stands for the running statistics, whose
+    updates by a forward in training count no version."""
+    if not isinstance(norm, NORMS):
+        return ()
+    return norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.num_batches_tracked
 
 
 class PackingModule(nn.Module):
@@ -181,20 +220,19 @@ class PackingModule(nn.Module):
         """The pack of ``weights``, made anew only if something it depends on has changed.
 
         It also depends on the tensors ``others`` and on ``norm``; ``fold()`` gives the (scales,
-        shifts) that are packed in.
+        shifts) that are packed in. Under a compiler or a dispatch mode nothing is kept.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
             return _ops.pack(weights, *fold())
-        constants = ()
-        tensors = (*weights, *others)
-        if isinstance(norm, NORMS):
-            tensors += (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-            constants = (norm.eps,)
-        if self._pack is not None and self._pack[0].current(tensors, constants):
-            return self._pack[1]
+        tensors = (*weights, *others, *norm_tensors(norm))
+        constants = (norm.eps,) if isinstance(norm, NORMS) else ()
+        kept = self._pack
+        if kept is not None and kept[0].current(tensors, constants):
+            return kept[1]
         with torch.no_grad():
             pack = _ops.pack([w.detach() for w in weights], *fold())
-        self.__dict__["_pack"] = (Sources(tensors, constants), pack)
+        if type(pack) is Tensor:
+            self.__dict__["_pack"] = (Sources(tensors, constants), pack)
         return pack
 
     def train(self, mode: bool = True):
@@ -220,11 +258,8 @@ def repack(model: nn.Module) -> nn.Module:
     Needed only after edits through ``.data``, which leave no trace in a tensor's version counter.
     """
     for module in model.modules():
-        if isinstance(module, PackingModule):
+        if hasattr(module, "drop_pack"):
             module.drop_pack()
-        forward = module.__dict__.get("forward")
-        if hasattr(forward, "drop_pack"):
-            forward.drop_pack()
     return model
 
 
@@ -255,7 +290,11 @@ class PConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.pconv3x3(x, self.partial_conv3.weight)
+        conv = self.partial_conv3
+        if must_run_plainly() or type(conv) is not nn.Conv2d or hooked((conv,)):
+            c_partial = conv.out_channels
+            return torch.cat((conv(x[:, :c_partial]), x[:, c_partial:]), dim=1)
+        return ops.pconv3x3(x, conv.weight)
 
 
 class PConvPW(PackingModule):
@@ -298,12 +337,21 @@ class PConvPW(PackingModule):
     def forward(self, x: Tensor) -> Tensor:
         partial, pw, norm = self.partial_conv3, self.pw, self.bn
         _check_input(x, pw.in_channels, pw.weight)
-        if hooked(partial, pw, norm) or (norm.training and _needs_process_group(norm)):
+        batch_statistics = uses_batch_statistics(norm)
+        if (
+            must_run_plainly()
+            or not type(partial) is type(pw) is nn.Conv2d
+            or type(norm) not in NORMS
+            or hooked((partial, pw, norm))
+            or (batch_statistics and (x.numel() == 0 or _needs_process_group(norm)))
+        ):
+            self.drop_pack()
             c_partial = partial.out_channels
             u = torch.cat((partial(x[:, :c_partial]), x[:, c_partial:]), dim=1)
             return apply_act(norm(pw(u)), self.act)
         dtype = compute_dtype(pw.weight.dtype)
-        if uses_batch_statistics(norm):
+        if batch_statistics:
+            self.drop_pack()
             z, mean, m2 = _ops.pw_stats(x, *ops.autocast_weights(x, partial.weight, pw.weight))
             return _ops.bn_act(z, mean, *_batch_scale_and_shift(norm, z, mean, m2), self.act)
         if torch.is_grad_enabled():
@@ -325,31 +373,18 @@ class FusedBlock(PackingModule):
     """The forward of a FasterNet block over parts that a subclass names; see
     :class:`FasterNetBlock`."""
 
-    def parts(self) -> BlockParts:
-        """Where the block's pieces are."""
+    def parts(self) -> BlockParts | None:
+        """The block's pieces; None if calling them would not be what the fused ops compute."""
         raise NotImplementedError
 
     def unfused(self, x: Tensor) -> Tensor:
         """The same block, module by module: for calls that the fused ops do not cover."""
-        p = self.parts()
-        c_partial = p.partial.out_channels
-        branch = p.pw1(torch.cat((p.partial(x[:, :c_partial]), x[:, c_partial:]), dim=1))
-        branch = apply_act(branch if p.norm is None else p.norm(branch), p.act)
-        branch = p.pw2(branch)
-        if p.layer_scale is not None:
-            branch = p.layer_scale.reshape(-1, 1, 1) * branch
-        return x + (branch if p.drop_path is None else p.drop_path(branch))
+        raise NotImplementedError
 
-    def fits(self, p: BlockParts) -> bool:
-        """Whether the fused ops do all that calling the parts would: no hooks, no other module in a
-        part's place."""
-        convs = type(p.partial) is type(p.pw1) is type(p.pw2) is nn.Conv2d
-        norm = p.norm is None or type(p.norm) in (*NORMS, nn.Identity)
-        if not (convs and norm) or hooked(p.partial, p.pw1, p.norm, p.pw2, p.drop_path):
-            return False
-        return not (
-            uses_batch_statistics(p.norm)
-            and (p.pw1.bias is not None or _needs_process_group(p.norm))
+    def trains_unfused(self, p: BlockParts) -> bool:
+        """Whether batch statistics are wanted that the fused ops do not take."""
+        return uses_batch_statistics(p.norm) and (
+            p.pw1.bias is not None or _needs_process_group(p.norm)
         )
 
     def block_pack(self, p: BlockParts) -> Tensor:
@@ -366,21 +401,22 @@ class FusedBlock(PackingModule):
         return self.packed(weights, (p.pw1.bias, p.layer_scale), p.norm, fold)
 
     def forward(self, x: Tensor) -> Tensor:
-        p = self.parts()
-        if not self.fits(p):
+        ops.check_tensor("x", x, 4)
+        p = None if must_run_plainly() else self.parts()
+        if p is not None:
+            _check_input(x, p.pw1.in_channels, p.pw1.weight)
+        empty = x.numel() == 0
+        if p is None or self.trains_unfused(p) or (empty and uses_batch_statistics(p.norm)):
+            self.drop_pack()
             return self.unfused(x)
-        _check_input(x, p.pw1.in_channels, p.pw1.weight)
         sample_scale = None
-        if (
-            p.drop_path is not None
-            and p.drop_path.training
-            and type(p.drop_path) is not nn.Identity
-        ):
+        if drops_paths(p.drop_path):
             # The user's own module draws the samples: same distribution, same random numbers.
             ones = torch.ones((x.shape[0], 1, 1, 1), dtype=compute_dtype(x.dtype), device=x.device)
             sample_scale = p.drop_path(ones).reshape(-1)
         layer_scale = None if p.layer_scale is None else p.layer_scale.reshape(-1)
         if uses_batch_statistics(p.norm):
+            self.drop_pack()
             w_partial, w_pw1, w_pw2 = ops.autocast_weights(
                 x, p.partial.weight, p.pw1.weight, p.pw2.weight
             )
@@ -459,17 +495,31 @@ class FasterNetBlock(FusedBlock):
         if layer_scale_init_value > 0.0:
             self.layer_scale = nn.Parameter(torch.full((dim,), layer_scale_init_value, **factory))
 
-    def parts(self) -> BlockParts:
-        pw1, norm, _, pw2 = self.mlp
-        return BlockParts(
-            self.spatial_mixing.partial_conv3,
-            pw1,
-            norm,
-            self.act,
-            pw2,
-            self.layer_scale,
-            self.drop_path,
+    def parts(self) -> BlockParts | None:
+        if len(self.mlp) != 4:
+            return None
+        pw1, norm, act, pw2 = self.mlp
+        mixing, drop_path = self.spatial_mixing, self.drop_path
+        p = BlockParts(mixing.partial_conv3, pw1, norm, self.act, pw2, self.layer_scale, drop_path)
+        replaced = (
+            type(mixing) is not PConv
+            or not type(p.partial) is type(pw1) is type(pw2) is nn.Conv2d
+            or type(norm) not in (*NORMS, nn.Identity)
+            or act_name(act) != self.act
         )
+        inside = (self.mlp, pw1, norm, act, pw2, mixing, p.partial, drop_path)
+        return None if replaced or hooked(inside) else p
+
+    def unfused(self, x: Tensor) -> Tensor:
+        branch = self.mlp(self.spatial_mixing(x))
+        if self.layer_scale is not None:
+            branch = self.layer_scale[:, None, None] * branch
+        return x + self.drop_path(branch)
+
+
+def drops_paths(drop_path: nn.Module | None) -> bool:
+    """Whether a block's drop_path may drop samples now."""
+    return drop_path is not None and drop_path.training and type(drop_path) is not nn.Identity
 
 
 def act_name(module: nn.Module) -> str | None:
@@ -493,14 +543,14 @@ class FusedPatchConv(PackingModule):
     they are.
     """
 
-    def parts(self) -> tuple[nn.Conv2d, nn.Module | None]:
-        """The convolution and the norm."""
+    def parts(self) -> tuple[nn.Conv2d, nn.Module | None] | None:
+        """The convolution and the norm; None if calling them would not be what the fused op
+        computes."""
         raise NotImplementedError
 
-    def fits(self, conv: nn.Conv2d, norm: nn.Module | None) -> bool:
-        """Whether the packed op does all that calling the parts would."""
-        known = type(conv) is nn.Conv2d and (norm is None or type(norm) in (*NORMS, nn.Identity))
-        return known and not hooked(conv, norm) and not uses_batch_statistics(norm)
+    def unfused(self, x: Tensor) -> Tensor:
+        """The same layer, module by module."""
+        raise NotImplementedError
 
     def patch_pack(self, conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
         """The pack for the packed ops."""
@@ -512,12 +562,19 @@ class FusedPatchConv(PackingModule):
         return self.packed([conv.weight], (conv.bias,), norm, fold)
 
     def forward(self, x: Tensor) -> Tensor:
-        conv, norm = self.parts()
-        if torch.is_grad_enabled() or not self.fits(conv, norm):
+        ops.check_tensor("x", x, 4)
+        parts = None if must_run_plainly() else self.parts()
+        if parts is not None:
+            conv, norm = parts
+            _check_input(x, conv.in_channels, conv.weight)
+            if x.shape[2] < conv.kernel_size[0] or x.shape[3] < conv.kernel_size[1]:
+                raise ValueError(
+                    f"x has height and width {tuple(x.shape[2:])}, "
+                    f"expected at least one patch of {conv.kernel_size}"
+                )
+        if parts is None or torch.is_grad_enabled() or uses_batch_statistics(norm):
             self.drop_pack()
-            y = conv(x.contiguous(memory_format=torch.channels_last))
-            return y if norm is None else norm(y)
-        _check_input(x, conv.in_channels, conv.weight)
+            return self.unfused(x.contiguous(memory_format=torch.channels_last))
         pack = self.patch_pack(conv, norm)
         cast = autocast_dtype(x)
         x = x if cast is None else x.to(cast)

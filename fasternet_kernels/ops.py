@@ -33,6 +33,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
@@ -115,9 +117,26 @@ SCHEMAS = {
 }
 
 _library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _without_autocast(fn):
+    """The reference as an implementation below autocast, which has already cast what it casts."""
+
+    def run(*args, **kwargs):
+        tensor = next(a for a in pytree.tree_leaves(args) if isinstance(a, Tensor))
+        kind = tensor.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return fn(*args, **kwargs)
+        with torch.autocast(kind, enabled=False):
+            return fn(*args, **kwargs)
+
+    return run
+
+
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+    _reference = _without_autocast(getattr(reference, _name))
+    _library.impl(_name, _reference, "CompositeExplicitAutograd")
 _ops = getattr(torch.ops, NAMESPACE)
 
 
@@ -423,6 +442,20 @@ torch.library.register_autograd(
     setup_context=_act_pw_residual_setup,
     lib=_library,
 )
+
+
+def _pconv3x3_raw(keyset, x, weight):
+    """The raw op has no gradient of its own: the public pconv3x3_ wraps it."""
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+        raise RuntimeError(
+            "fasternet_kernels.pconv3x3_: the raw op carries no gradient; "
+            "call the function fasternet_kernels.pconv3x3_"
+        )
+    _ops.pconv3x3_.default.redispatch(keyset & torch._C._after_autograd_keyset, x, weight)
+    torch.autograd.graph.increment_version(x)
+
+
+_library.impl("pconv3x3_", _pconv3x3_raw, "Autograd", with_keyset=True)
 
 _PACKED = (
     "packed weights carry no gradient; call it under torch.no_grad(), or use the op on raw weights"
@@ -731,6 +764,12 @@ def autocast_weights(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     return weights
 
 
+def _refuse_forward_ad() -> None:
+    """The ops have reverse-mode gradients only; a tangent would be dropped without a word."""
+    if forward_ad._current_level >= 0:
+        raise RuntimeError("fasternet_kernels does not support forward-mode differentiation")
+
+
 # ---- Public functions ----------------------------------------------------------------------------
 
 
@@ -751,6 +790,7 @@ def pconv3x3(x: Tensor, weight: Tensor, *, fast: bool = False) -> Tensor:
         TypeError: an argument is no tensor, or a dtype does not fit.
         ValueError: a rank, shape or device does not fit.
     """
+    _refuse_forward_ad()
     _check_image(x)
     _check_partial("weight", weight, x)
     (weight,) = autocast_weights(x, weight)
@@ -796,6 +836,7 @@ def pconv3x3_(x: Tensor, weight: Tensor) -> Tensor:
             with ``weight``, or is (a view of) a leaf that requires grad while gradients are on.
             ``x`` is then untouched.
     """
+    _refuse_forward_ad()
     _check_image(x)
     _check_partial("weight", weight, x)
     grad = torch.is_grad_enabled()
@@ -853,6 +894,7 @@ def pconv_pw(
         TypeError: an argument is no tensor, or a dtype does not fit.
         ValueError: a rank, shape or device does not fit, or act is unknown.
     """
+    _refuse_forward_ad()
     _check_image(x)
     _check_partial("w_partial", w_partial, x)
     check_tensor("w_pw", w_pw, 4)
@@ -900,6 +942,7 @@ def fasternet_block(
         TypeError: an argument is no tensor, or a dtype does not fit.
         ValueError: a rank, shape or device does not fit, or act is unknown.
     """
+    _refuse_forward_ad()
     _check_image(x)
     channels = x.shape[1]
     _check_partial("w_partial", w_partial, x)

@@ -52,6 +52,12 @@ DType dtype_of(ScalarType type) {
 }
 ScalarType compute_type(ScalarType type) { return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
+// torch.promote_types of two floating-point types.
+ScalarType wider_type(ScalarType a, ScalarType b) {
+  if (a == b) return a;
+  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 Tensor cast(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
 Tensor dense(const Tensor& t, ScalarType type) { return torch::stable::contiguous(cast(t, type)); }
 OptionalTensor dense(const OptionalTensor& t, ScalarType type) {
@@ -100,9 +106,14 @@ struct Pixels {
   const void* data() const { return tensor.const_data_ptr(); }
 };
 
-// Where a kernel writes (dense channels-last), and what the caller gets: that in the asked type and format.
+// What the caller gets of a kernel's dense channels-last output: the asked type and format, with the strides that
+// torch.empty gives it and the fakes promise. contiguous() would not do: where a dimension of size 1 makes both formats
+// the same memory, it keeps the strides of the other one.
 Tensor finish(const Tensor& y, ScalarType type, MemoryFormat format) {
-  return torch::stable::contiguous(cast(y, type), format);
+  if (y.scalar_type() == type && format == MemoryFormat::ChannelsLast) return y;
+  Tensor result = empty_image(y, y.size(1), y.size(2), y.size(3), type, format);
+  torch::stable::copy_(result, y);
+  return result;
 }
 
 void check_image(const Tensor& x) {
@@ -256,55 +267,52 @@ void pconv3x3_(Tensor x, Tensor weight) {
 
 // ---- PConv + pointwise ----------------------------------------------------------------------------------------------
 
-Tensor run_pconv_pw(const Tensor& x, const Tensor& packed, int64_t c_partial, int64_t c_out, ScalarType out_type,
+Tensor run_pconv_pw(const Tensor& x, ScalarType weight_type, const Tensor& packed, int64_t c_partial, int64_t c_out,
                     const std::string& act) {
-  const MemoryFormat format = format_of(x);
-  const Pixels in(x);
-  Tensor y = empty_image(x, c_out, x.size(2), x.size(3), x.scalar_type(), MemoryFormat::ChannelsLast);
-  fasternet::pconv_pw(
-      {dtype_of(x.scalar_type()), x.size(0), x.size(1), x.size(2), x.size(3), c_partial, c_out, in.data(), in.stride,
-       y.mutable_data_ptr(), c_out, packed.const_data_ptr(), fasternet::parse_act(act)},
-      torch_threads());
-  return finish(y, out_type, format);
+  const Pixels in(operand(x, weight_type));
+  const ScalarType type = in.tensor.scalar_type();
+  Tensor y = empty_image(x, c_out, x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
+  fasternet::pconv_pw({dtype_of(type), x.size(0), x.size(1), x.size(2), x.size(3), c_partial, c_out, in.data(),
+                       in.stride, y.mutable_data_ptr(), c_out, packed.const_data_ptr(), fasternet::parse_act(act)},
+                      torch_threads());
+  return finish(y, weight_type, format_of(x));
 }
 
 Tensor pconv_pw(Tensor x, Tensor w_partial, Tensor w_pw, OptionalTensor scale, OptionalTensor shift, std::string act,
                 bool /*fast*/) {
   check_pconv(x, w_partial);
   check_size(w_pw, "w_pw", {w_pw.size(0), x.size(1), 1, 1});
-  const ScalarType type = w_pw.scalar_type();
   const Tensor packed = pack({w_partial, w_pw}, {std::nullopt, scale}, {std::nullopt, shift});
-  return run_pconv_pw(operand(x, type), packed, w_partial.size(0), w_pw.size(0), type, act);
+  return run_pconv_pw(x, w_pw.scalar_type(), packed, w_partial.size(0), w_pw.size(0), act);
 }
 
 Tensor pconv_pw_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_out, std::string act, bool /*fast*/) {
   check_image(x);
   check_c_partial(c_partial, x);
   check_pack(packed, x, {{c_partial, 9 * c_partial}, {c_out, x.size(1)}});
-  const ScalarType type = x.scalar_type();
-  return run_pconv_pw(cast(x, stored_type(type)), packed, c_partial, c_out, type, act);
+  return run_pconv_pw(x, x.scalar_type(), packed, c_partial, c_out, act);
 }
 
 // ---- Block ----------------------------------------------------------------------------------------------------------
 
-// x: the operand of the convolutions. residual: what their result is added to, of the output's type.
-Tensor run_block(const Tensor& x, const Tensor& residual, const Tensor& packed, int64_t c_partial, int64_t c_hidden,
+// The convolutions take x in the weights' type, the residual is x as it came, and the output has the wider of the two
+// types.
+Tensor run_block(const Tensor& x, ScalarType weight_type, const Tensor& packed, int64_t c_partial, int64_t c_hidden,
                  const OptionalTensor& sample_scale, const std::string& act) {
-  const ScalarType type = residual.scalar_type();
-  const MemoryFormat format = format_of(residual);
+  const bool mixed = x.scalar_type() != weight_type;
+  const Pixels in(operand(x, weight_type));
+  const ScalarType type = in.tensor.scalar_type();
   check_size(sample_scale, "sample_scale", {x.size(0)});
-  const OptionalTensor factors = dense(sample_scale, compute_type(x.scalar_type()));
-  // bfloat16 operands take a bfloat16 or float32 residual; any other pair is brought to the operand's type.
-  const bool wide = x.scalar_type() == ScalarType::BFloat16 && type == ScalarType::Float;
-  const ScalarType residual_type = wide ? type : x.scalar_type();
-  const Pixels in(x), added(cast(residual, residual_type));
+  const OptionalTensor factors = dense(sample_scale, compute_type(type));
+  // Beside bfloat16 operands the kernel also takes a float32 residual; else both have one type.
+  const ScalarType residual_type = mixed && type == ScalarType::BFloat16 ? ScalarType::Float : type;
+  const Pixels residual = mixed ? Pixels(cast(x, residual_type)) : in;
   Tensor y = empty_image(x, x.size(1), x.size(2), x.size(3), residual_type, MemoryFormat::ChannelsLast);
-  fasternet::block(
-      {dtype_of(x.scalar_type()), dtype_of(residual_type), x.size(0), x.size(1), x.size(2), x.size(3), c_partial,
-       c_hidden, in.data(), in.stride, added.data(), added.stride, y.mutable_data_ptr(), x.size(1),
-       packed.const_data_ptr(), factors ? factors->const_data_ptr() : nullptr, fasternet::parse_act(act)},
-      torch_threads());
-  return finish(y, type, format);
+  fasternet::block({dtype_of(type), dtype_of(residual_type), x.size(0), x.size(1), x.size(2), x.size(3), c_partial,
+                    c_hidden, in.data(), in.stride, residual.data(), residual.stride, y.mutable_data_ptr(), x.size(1),
+                    packed.const_data_ptr(), factors ? factors->const_data_ptr() : nullptr, fasternet::parse_act(act)},
+                   torch_threads());
+  return finish(y, wider_type(x.scalar_type(), weight_type), format_of(x));
 }
 
 Tensor block(Tensor x, Tensor w_partial, Tensor w_pw1, Tensor w_pw2, OptionalTensor scale, OptionalTensor shift,
@@ -313,9 +321,11 @@ Tensor block(Tensor x, Tensor w_partial, Tensor w_pw1, Tensor w_pw2, OptionalTen
   const int64_t channels = x.size(1), c_hidden = w_pw1.size(0);
   check_size(w_pw1, "w_pw1", {c_hidden, channels, 1, 1});
   check_size(w_pw2, "w_pw2", {channels, c_hidden, 1, 1});
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double || w_pw1.scalar_type() == ScalarType::Double,
+                  "fasternet_kernels: a float64 x needs float64 weights, or its residual would be rounded");
   const Tensor packed =
       pack({w_partial, w_pw1, w_pw2}, {std::nullopt, scale, layer_scale}, {std::nullopt, shift, std::nullopt});
-  return run_block(operand(x, w_pw1.scalar_type()), x, packed, w_partial.size(0), c_hidden, sample_scale, act);
+  return run_block(x, w_pw1.scalar_type(), packed, w_partial.size(0), c_hidden, sample_scale, act);
 }
 
 Tensor block_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_hidden, OptionalTensor sample_scale,
@@ -324,14 +334,14 @@ Tensor block_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_hidden
   check_c_partial(c_partial, x);
   const int64_t channels = x.size(1);
   check_pack(packed, x, {{c_partial, 9 * c_partial}, {c_hidden, channels}, {channels, c_hidden}});
-  return run_block(cast(x, stored_type(x.scalar_type())), x, packed, c_partial, c_hidden, sample_scale, act);
+  return run_block(x, x.scalar_type(), packed, c_partial, c_hidden, sample_scale, act);
 }
 
 // ---- Patch convolution ----------------------------------------------------------------------------------------------
 
-Tensor run_patch_conv(const Tensor& x, const Tensor& packed, int64_t c_out, int64_t kh, int64_t kw, ScalarType out_type,
-                      bool channels_last) {
-  const MemoryFormat format = channels_last ? MemoryFormat::ChannelsLast : format_of(x);
+Tensor run_patch_conv(const Tensor& image, ScalarType weight_type, const Tensor& packed, int64_t c_out, int64_t kh,
+                      int64_t kw, bool channels_last) {
+  const Tensor x = operand(image, weight_type);
   Tensor y = empty_image(x, c_out, x.size(2) / kh, x.size(3) / kw, x.scalar_type(), MemoryFormat::ChannelsLast);
   fasternet::PatchConv args = {};
   args.dtype = dtype_of(x.scalar_type());
@@ -348,7 +358,7 @@ Tensor run_patch_conv(const Tensor& x, const Tensor& packed, int64_t c_out, int6
   args.y_pixel_stride = c_out;
   args.packed = packed.const_data_ptr();
   fasternet::patch_conv(args, torch_threads());
-  return finish(y, out_type, format);
+  return finish(y, weight_type, channels_last ? MemoryFormat::ChannelsLast : format_of(image));
 }
 
 Tensor patch_conv(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shift, bool channels_last) {
@@ -356,22 +366,21 @@ Tensor patch_conv(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor 
   STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0 && weight.size(1) == x.size(1),
                   "fasternet_kernels: weight does not fit x, expected (C_out, ", x.size(1), ", kh, kw)");
   const Tensor packed = pack({weight}, {scale}, {shift});
-  return run_patch_conv(operand(x, weight.scalar_type()), packed, weight.size(0), weight.size(2), weight.size(3),
-                        weight.scalar_type(), channels_last);
+  return run_patch_conv(x, weight.scalar_type(), packed, weight.size(0), weight.size(2), weight.size(3), channels_last);
 }
 
 Tensor patch_conv_packed(Tensor x, Tensor packed, int64_t c_out, int64_t kh, int64_t kw, bool channels_last) {
   check_image(x);
   STD_TORCH_CHECK(kh >= 1 && kw >= 1, "fasternet_kernels: kh and kw must be at least 1");
   check_pack(packed, x, {{c_out, x.size(1) * kh * kw}});
-  const ScalarType type = x.scalar_type();
-  return run_patch_conv(cast(x, stored_type(type)), packed, c_out, kh, kw, type, channels_last);
+  return run_patch_conv(x, x.scalar_type(), packed, c_out, kh, kw, channels_last);
 }
 
 // ---- Head -----------------------------------------------------------------------------------------------------------
 
-Tensor run_head(const Tensor& x, const Tensor& packed, int64_t c_mid, int64_t c_out, ScalarType out_type,
+Tensor run_head(const Tensor& image, ScalarType weight_type, const Tensor& packed, int64_t c_mid, int64_t c_out,
                 const std::string& act) {
+  const Tensor x = operand(image, weight_type);
   STD_TORCH_CHECK(x.size(2) > 0 && x.size(3) > 0, "fasternet_kernels: x has no pixels to pool");
   const Pixels in(x);
   const int64_t size[2] = {x.size(0), c_out};
@@ -379,7 +388,7 @@ Tensor run_head(const Tensor& x, const Tensor& packed, int64_t c_mid, int64_t c_
   fasternet::head({dtype_of(x.scalar_type()), x.size(0), x.size(1), x.size(2), x.size(3), c_mid, c_out, in.data(),
                    in.stride, y.mutable_data_ptr(), packed.const_data_ptr(), fasternet::parse_act(act)},
                   torch_threads());
-  return cast(y, out_type);
+  return cast(y, weight_type);
 }
 
 Tensor head(Tensor x, Tensor w_conv, OptionalTensor b_conv, Tensor w_fc, OptionalTensor b_fc, std::string act) {
@@ -388,14 +397,13 @@ Tensor head(Tensor x, Tensor w_conv, OptionalTensor b_conv, Tensor w_fc, Optiona
   check_size(w_conv, "w_conv", {w_conv.size(0), x.size(1), 1, 1});
   check_size(w_fc, "w_fc", {w_fc.size(0), w_conv.size(0)});
   const Tensor packed = pack({w_conv, w_fc}, {std::nullopt, std::nullopt}, {b_conv, b_fc});
-  return run_head(operand(x, w_conv.scalar_type()), packed, w_conv.size(0), w_fc.size(0), w_conv.scalar_type(), act);
+  return run_head(x, w_conv.scalar_type(), packed, w_conv.size(0), w_fc.size(0), act);
 }
 
 Tensor head_packed(Tensor x, Tensor packed, int64_t c_mid, int64_t c_out, std::string act) {
   check_image(x);
   check_pack(packed, x, {{c_mid, x.size(1)}, {c_out, c_mid}});
-  const ScalarType type = x.scalar_type();
-  return run_head(cast(x, stored_type(type)), packed, c_mid, c_out, type, act);
+  return run_head(x, x.scalar_type(), packed, c_mid, c_out, act);
 }
 
 // ---- Network --------------------------------------------------------------------------------------------------------
@@ -418,13 +426,10 @@ std::vector<Tensor> network(Tensor x, std::vector<Tensor> packs, std::vector<int
   size_t next_pack = 0;
   int64_t channels = args.channels;
   for (size_t i = 0; i < plan.size(); i += 5) {
-    fasternet::NetworkStep step = {static_cast<Kind>(plan[i]),
-                                   plan[i + 1],
-                                   plan[i + 2],
-                                   plan[i + 3],
-                                   static_cast<fasternet::Act>(plan[i + 4]),
-                                   nullptr};
     STD_TORCH_CHECK(plan[i + 4] >= 0 && plan[i + 4] <= 5, "fasternet_kernels: plan has an unknown activation");
+    const Kind kind = static_cast<Kind>(plan[i]);
+    const auto step_act = static_cast<fasternet::Act>(plan[i + 4]);
+    fasternet::NetworkStep step = {kind, plan[i + 1], plan[i + 2], plan[i + 3], step_act, nullptr};
     if (step.kind != Kind::kEmit) {
       STD_TORCH_CHECK(next_pack < packs.size(), "fasternet_kernels: plan needs more packs than the ", packs.size(),
                       " given");
@@ -459,7 +464,10 @@ std::vector<Tensor> network(Tensor x, std::vector<Tensor> packs, std::vector<int
     data.push_back(outputs.back().mutable_data_ptr());
   }
   fasternet::network(args, data.data(), torch_threads());
-  for (Tensor& output : outputs) output = cast(output, x.scalar_type());
+  for (Tensor& output : outputs) {
+    output =
+        output.dim() == 4 ? finish(output, x.scalar_type(), MemoryFormat::ChannelsLast) : cast(output, x.scalar_type());
+  }
   return outputs;
 }
 
@@ -480,17 +488,19 @@ STABLE_TORCH_LIBRARY_IMPL(fasternet_kernels, CPU, m) {
   m.impl("network", TORCH_BOX(&network));
 }
 
-// What library.py asks before it registers anything; plain C, so that a failure is a message and not an exception.
+// What library.py asks once torch has loaded this library and registered its operators: whether they can run, and as
+// what. Plain C, so that a failure is a message and not an exception.
 #if defined(_WIN32)
 #define FASTERNET_EXPORT extern "C" __declspec(dllexport)
 #else
 #define FASTERNET_EXPORT extern "C" __attribute__((visibility("default")))
 #endif
 
-// "isa;available,...;compiler", or "!reason" where no instruction set can be selected.
+// "isa;available,...;compiler", or "!reason" where no instruction set can be selected: the next call then tries again.
 FASTERNET_EXPORT const char* fasternet_kernels_build() {
-  static const std::string text = [] {
-    try {
+  static thread_local std::string failure;
+  try {
+    static const std::string text = [] {
       std::string line = fasternet::isa_name(fasternet::selected_isa());
       line += ';';
       for (fasternet::Isa isa : fasternet::available_isas()) {
@@ -498,9 +508,10 @@ FASTERNET_EXPORT const char* fasternet_kernels_build() {
         line += fasternet::isa_name(isa);
       }
       return line + ';' + fasternet::compiler();
-    } catch (const std::exception& error) {
-      return std::string("!") + error.what();
-    }
-  }();
-  return text.c_str();
+    }();
+    return text.c_str();
+  } catch (const std::exception& error) {
+    failure = std::string("!") + error.what();
+    return failure.c_str();
+  }
 }

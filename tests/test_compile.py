@@ -83,24 +83,35 @@ def test_functions_compile_fullgraph(name, grad, dynamic):
         assert frames[-1] == frames[0], "a new batch size compiled a new graph"
 
 
+def assert_near(got, model, *inputs):
+    """``got`` is right for ``model``, which is eager and not accelerated."""
+    with torch.no_grad():
+        eager = model(*inputs)
+        exact = copy.deepcopy(model).double()(*double(inputs))
+    assert_right(got.detach(), exact, eager)
+
+
 @pytest.mark.parametrize("mode", ["inference", "eval_grad", "train"])
 def test_accelerated_network_compiles_fullgraph(mode):
-    model = fk.accelerate(small_model())
+    eager = small_model()
+    model = fk.accelerate(copy.deepcopy(eager))
     model.train(mode == "train")
-    reference = copy.deepcopy(model)
+    eager.train(mode == "train")
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch.set_grad_enabled(mode != "inference"):
         for batch in (2, 3):
             x = randn(batch, 3, 64, 96, seed=batch)
-            y, expected = compiled(x), reference(x)
+            y, expected = compiled(x), eager(x)
             torch.testing.assert_close(y, expected)
-            if mode != "inference":
+            if mode == "inference":
+                assert_near(y, eager, x)
+            else:
                 y.square().sum().backward()
                 expected.square().sum().backward()
-    for (name, a), b in zip(model.named_parameters(), reference.parameters()):
+    for (name, a), b in zip(model.named_parameters(), eager.parameters()):
         if mode != "inference":
-            torch.testing.assert_close(a.grad, b.grad, msg=name)
-    for (name, a), b in zip(model.named_buffers(), reference.buffers()):
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
+    for (name, a), b in zip(model.named_buffers(), eager.buffers()):
         torch.testing.assert_close(a, b, msg=name)
 
 
@@ -120,17 +131,18 @@ def test_compiled_network_sees_new_weights():
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_export_round_trip(dynamic, tmp_path):
-    model = fk.accelerate(small_model())
+    eager = small_model()
+    model = fk.accelerate(copy.deepcopy(eager))
     x = randn(2, 3, 64, 96, seed=1)
     shapes = {"x": {0: torch.export.Dim("batch", min=1, max=64)}} if dynamic else None
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=shapes)
         torch.export.save(program, tmp_path / "model.pt2")
         loaded = torch.export.load(tmp_path / "model.pt2").module()
-        torch.testing.assert_close(loaded(x), model(x))
+        assert_near(loaded(x), eager, x)
         if dynamic:
             y = randn(5, 3, 64, 96, seed=2)
-            torch.testing.assert_close(loaded(y), model(y))
+            assert_near(loaded(y), eager, y)
     targets = {str(node.target) for node in program.graph.nodes}
     assert {"fasternet_kernels.pack.default", "fasternet_kernels.block_packed.default"} <= targets
 
@@ -147,7 +159,11 @@ def test_every_forward_op_exports(tmp_path):
             self.block = fk.FasterNetBlock(16, act="gelu", layer_scale_init_value=0.5)
 
         def forward(self, x):
-            y = fk.pconv3x3_(self.pconv(x) * 1.0, w["w_partial"])
+            y = self.pconv(x) * 1.0
+            if (
+                not torch.is_grad_enabled()
+            ):  # export drops autograd.Functions, and with it gradients
+                y = fk.pconv3x3_(y, w["w_partial"])
             z = fk.fasternet_block(
                 self.block(y), w["w_partial"], w["w_pw1"], w["w_pw2"], act="silu"
             )
@@ -184,26 +200,26 @@ def test_inductor_with_freezing():
     """Inductor runs the same ops; freezing folds the packs into constants."""
     import torch._inductor.config as config
 
-    model = fk.accelerate(small_model())
+    eager = small_model()
+    model = fk.accelerate(copy.deepcopy(eager))
     x = randn(2, 3, 64, 64, seed=1)
     with torch.no_grad():
-        expected = model(x)
-        torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected)
+        assert_near(torch.compile(model, fullgraph=True)(x), eager, x)
         torch.compiler.reset()
         with config.patch(freezing=True):
-            torch.testing.assert_close(torch.compile(model, fullgraph=True)(x), expected)
+            assert_near(torch.compile(model, fullgraph=True)(x), eager, x)
 
 
 @pytest.mark.slow
 def test_aot_inductor(tmp_path):
-    model = fk.accelerate(small_model())
+    eager = small_model()
+    model = fk.accelerate(copy.deepcopy(eager))
     x = randn(2, 3, 64, 64, seed=1)
     with torch.no_grad():
         program = torch.export.export(model, (x,))
-        path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2")
-        )
-        torch.testing.assert_close(torch._inductor.aoti_load_package(path)(x), model(x))
+        path = str(tmp_path / "model.pt2")
+        path = torch._inductor.aoti_compile_and_package(program, package_path=path)
+        assert_near(torch._inductor.aoti_load_package(path)(x), eager, x)
 
 
 # ---- Autocast ------------------------------------------------------------------------------------

@@ -62,8 +62,13 @@ const Kernels& select() {
 struct ThreadScratch {
   void* data[kSlotCount] = {};
   int64_t bytes[kSlotCount] = {};
+  void release(int slot) {
+    ::operator delete(data[slot], std::align_val_t(64));
+    data[slot] = nullptr;
+    bytes[slot] = 0;
+  }
   ~ThreadScratch() {
-    for (void* p : data) ::operator delete(p, std::align_val_t(64));
+    for (int slot = 0; slot < kSlotCount; ++slot) release(slot);
   }
 };
 thread_local ThreadScratch thread_scratch;
@@ -115,19 +120,27 @@ ParallelFor serial() { return {run_serially, nullptr, 1}; }
 void* scratch(Slot slot, int64_t bytes) {
   ThreadScratch& mine = thread_scratch;
   if (mine.bytes[slot] < bytes) {
-    ::operator delete(mine.data[slot], std::align_val_t(64));
-    mine.data[slot] = nullptr;
-    mine.bytes[slot] = 0;
+    mine.release(slot);
     mine.data[slot] = ::operator new(static_cast<size_t>(bytes), std::align_val_t(64));
     mine.bytes[slot] = bytes;
   }
   return mine.data[slot];
 }
 
+TrimScratch::~TrimScratch() {
+  ThreadScratch& mine = thread_scratch;
+  for (int slot = 0; slot < kSlotCount; ++slot) {
+    if (mine.bytes[slot] > kKeptBytes) mine.release(slot);
+  }
+}
+
 void pconv3x3(const PConv3x3& args, const ParallelFor& parallel) { kernels().pconv3x3(args, parallel); }
 void pconv_pw(const PConvPw& args, const ParallelFor& parallel) { kernels().pconv_pw(args, parallel); }
 void block(const Block& args, const ParallelFor& parallel) { kernels().block(args, parallel); }
 void patch_conv(const PatchConv& args, const ParallelFor& parallel) { kernels().patch_conv(args, parallel); }
-void head(const Head& args, const ParallelFor& parallel) { kernels().head(args, parallel); }
+void head(const Head& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().head(args, parallel);
+}
 
 }  // namespace fasternet

@@ -35,9 +35,19 @@ static inline int64_t packed_elements(int64_t n, int64_t k, int64_t element_size
   return (padded_n(n, element_size) * (k + 1) + line - 1) / line * line;
 }
 
-// Memory of the calling thread that grows and is kept until the thread ends: a call after the first allocates nothing.
-// 64-byte aligned. Each slot is one buffer; asking again for a slot may move it.
+// Memory of the calling thread, 64-byte aligned, kept for its next call: a call like one before allocates nothing. Each
+// slot is one buffer; asking again for a slot may move it.
 enum Slot { kSlotTile, kSlotShared, kSlotNetworkA, kSlotNetworkB, kSlotCount };
 void* scratch(Slot slot, int64_t bytes);
+
+// At its end, frees the buffers of the calling thread that are larger than kKeptBytes. For the operators whose scratch
+// grows with the batch: what one large call needed must not stay for the life of the thread, while small calls, where
+// an allocation shows, go on without any.
+constexpr int64_t kKeptBytes = int64_t{32} << 20;
+struct TrimScratch {
+  TrimScratch() = default;
+  TrimScratch(const TrimScratch&) = delete;
+  ~TrimScratch();
+};
 
 }  // namespace fasternet

@@ -3,11 +3,10 @@
 //
 // What a block computes, for a tile of consecutive pixels of about kTilePixels (arXiv 2303.03667, section 3.3):
 //
-//   padded rows of x[:, :c_partial]  -> u = conv3x3                     K = 3 segments of 3 * c_partial, one per kernel
-//   row for each chunk of hidden channels (at most kHiddenChunk):
-//     h  = act([u | x[:, c_partial:]] * w_pw1 + shift)                  K = 2 segments: no concatenation is ever
-//     written y += h * w_pw2                                                    the residual joins in the last chunk's
-//     epilogue
+//   padded rows of x[:, :c_partial] -> u = conv3x3        K = 3 segments of 3 * c_partial, one per kernel row
+//   for each chunk of hidden channels (at most kHiddenChunk):
+//     h  = act([u | x[:, c_partial:]] * w_pw1 + shift)    K = 2 segments: no concatenation is ever written
+//     y += h * w_pw2                                      the residual joins in the last chunk's epilogue
 //
 // u, h and the partial sums of y are scratch of one thread and stay in its L2 cache; x is read once (three rows twice)
 // and y is written once: (2 + 2/rows) * C elements of traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112
@@ -198,7 +197,8 @@ constexpr MicroTable<T, kHalfBytes, kHalfVecs, kHalfVecs> kHalf{};
 template <Act kAct, class T>
 void activate_as(T* c, int64_t stride, int64_t rows, int64_t columns) {
   if constexpr (Same<T, float>::value) {
-    using VT = VecOf < float, kHalfBytes<FASTERNET_VECTOR_BYTES ? kHalfBytes : FASTERNET_VECTOR_BYTES>;
+    constexpr int kBytes = kHalfBytes < FASTERNET_VECTOR_BYTES ? kHalfBytes : FASTERNET_VECTOR_BYTES;
+    using VT = VecOf<float, kBytes>;
     using Wide = VecOf<float, FASTERNET_VECTOR_BYTES>;
     for (int64_t r = 0; r < rows; ++r, c += stride) {
       int64_t j = 0;

@@ -37,8 +37,9 @@ Shapes check(const Network& args) {
         }
         break;
       case Kind::kHead:
-        if (i == 0 || now.height < 1 || now.width < 1)
+        if (i == 0 || now.height < 1 || now.width < 1) {
           throw std::invalid_argument(where + "is a head without a feature map");
+        }
         now = {step.b, -1, -1};
         shapes.outputs.push_back(now);
         break;
@@ -67,6 +68,7 @@ void network(const Network& args, void* const* outputs, const ParallelFor& paral
   const Shapes shapes = check(args);
   if (args.batch == 0) return;
   const int64_t element = args.dtype == DType::kFloat64 ? 8 : args.dtype == DType::kFloat32 ? 4 : 2;
+  const TrimScratch at_end;
   void* const buffers[2] = {scratch(kSlotNetworkA, shapes.largest * element),
                             scratch(kSlotNetworkB, shapes.largest * element)};
   const Kernels& run = kernels();
@@ -84,10 +86,21 @@ void network(const Network& args, void* const* outputs, const ParallelFor& paral
     void* const y = emitted ? outputs[output] : buffers[x == buffers[0]];
     switch (step.kind) {
       case Kind::kPatchConv: {
-        PatchConv op = {args.dtype, args.batch, now.channels, now.height, now.width, step.a,     step.b,
-                        step.c,     x,          {},           y,          step.a,    step.packed};
         const int64_t dense[4] = {now.height * now.width * now.channels, 1, now.width * now.channels, now.channels};
+        PatchConv op = {};
+        op.dtype = args.dtype;
+        op.batch = args.batch;
+        op.channels = now.channels;
+        op.height = now.height;
+        op.width = now.width;
+        op.c_out = step.a;
+        op.kh = step.b;
+        op.kw = step.c;
+        op.x = x;
         for (int s = 0; s < 4; ++s) op.x_stride[s] = i == 0 ? args.x_stride[s] : dense[s];
+        op.y = y;
+        op.y_pixel_stride = step.a;
+        op.packed = step.packed;
         run.patch_conv(op, parallel);
         break;
       }

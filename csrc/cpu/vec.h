@@ -115,8 +115,7 @@ inline typename VT::type act_ps(typename VT::type x) {
   }
 }
 
-// ---- double activations, by libm: double is for gradient checks and references, not for speed
-// ------------------------
+// ---- double activations, by libm: double is for gradient checks and references, not for speed -----------------------
 
 template <Act kAct>
 inline double act_pd(double x) {

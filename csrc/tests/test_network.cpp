@@ -1,7 +1,25 @@
 // A network plan gives the bits of its operators run one after the other, and a plan that makes no sense is refused.
+// Its scratch is kept between small calls and given back after a large one.
+#include <atomic>
 #include <stdexcept>
 
 #include "testing.h"
+
+// Scratch is the only memory that asks for an alignment: these count it.
+std::atomic<int> allocations{0}, alive{0};
+
+void* operator new(std::size_t bytes, std::align_val_t alignment) {
+  const std::size_t line = static_cast<std::size_t>(alignment);
+  void* const p = std::aligned_alloc(line, (bytes + line - 1) / line * line);
+  if (p == nullptr) throw std::bad_alloc();
+  ++allocations, ++alive;
+  return p;
+}
+void operator delete(void* p, std::align_val_t) noexcept {
+  if (p != nullptr) --alive;
+  std::free(p);
+}
+void operator delete(void* p, std::size_t, std::align_val_t alignment) noexcept { ::operator delete(p, alignment); }
 
 namespace {
 
@@ -67,9 +85,15 @@ template <class T>
 Tensor<T> patch_conv(const Tensor<T>& x, const Packed<T>& packed, int64_t c_out, int64_t size) {
   const Shape& s = x.shape();
   Tensor<T> y({s.batch, s.height / size, s.width / size, c_out});
-  fasternet::PatchConv args{Storage<T>::kDType, s.batch, s.channels, s.height, s.width,      c_out, size, size,
-                            x.data(),           {},      y.data(),   c_out,    packed.data()};
+  fasternet::PatchConv args = {};
+  args.dtype = Storage<T>::kDType;
+  args.batch = s.batch, args.channels = s.channels;
+  args.height = s.height, args.width = s.width;
+  args.c_out = c_out, args.kh = size, args.kw = size;
+  args.x = x.data();
   std::copy_n(x.stride(), 4, args.x_stride);
+  args.y = y.data(), args.y_pixel_stride = c_out;
+  args.packed = packed.data();
   fasternet::patch_conv(args, fasternet::serial());
   return y;
 }
@@ -155,6 +179,37 @@ void test_bad_plans() {
   refused("has a step of no known kind", wrong);
 }
 
+// The largest feature map of this plan, 16 times x, takes `bytes`; it lives in scratch.
+void test_scratch(int64_t bytes, bool kept) {
+  const int64_t channels = 16, side = 4 * static_cast<int64_t>(std::sqrt(bytes / (16.0 * channels * sizeof(float))));
+  const std::string name = "network with scratch of " + std::to_string(bytes >> 20) + " MB";
+  const auto wide = Filter<float>::random(1, channels, 1, 1, 1, true, true);
+  const auto narrow = Filter<float>::random(2, 8, channels, 4, 4, true, true);
+  const Packed<float> wide_pack({&wide}), narrow_pack({&narrow});
+  const std::vector<Step> steps = {{Kind::kPatchConv, channels, 1, 1, Act::kIdentity, wide_pack.data()},
+                                   {Kind::kPatchConv, 8, 4, 4, Act::kIdentity, narrow_pack.data()},
+                                   {Kind::kEmit, 0, 0, 0, Act::kIdentity, nullptr}};
+  Tensor<float> x({1, side, side, 1});
+  x.fill(3);
+  const Tensor<float> right = patch_conv(patch_conv(x, wide_pack, channels, 1), narrow_pack, 8, 4);
+  const fasternet::Network args = network_of(x, steps);
+  for (int call = 0; call < 3; ++call) {
+    Tensor<float> y = right.blank();
+    void* const results[] = {y.data()};
+    const int allocated_before = allocations, alive_before = alive;
+    fasternet::network(args, results, fasternet::serial());
+    check(y.same_bits(right), name, "call " + std::to_string(call) + " differs from its operators");
+    if (call == 0) continue;  // the first one allocates in either case
+    const int allocated = allocations - allocated_before;
+    if (kept) {
+      check(allocated == 0, name, "a call after the first allocated " + std::to_string(allocated) + " buffers");
+    } else {
+      check(allocated >= 2, name, "a large buffer was kept between the calls");
+      check(alive == alive_before, name, "a large buffer outlives the call");
+    }
+  }
+}
+
 template <class T>
 void test_type() {
   for (Layout layout : {Layout::kChannelsLast, Layout::kChannelsFirst}) {
@@ -173,5 +228,8 @@ int main() {
     test_type<float>();
     test_type<double>();
     test_type<BFloat16>();
+    test_scratch(int64_t{30} << 20, true);
+    test_scratch(int64_t{36} << 20, false);
+    test_scratch(int64_t{30} << 20, true);
   });
 }
