@@ -121,8 +121,12 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
 
 def must_run_plainly() -> bool:
     """Whether the caller differentiates or traces in a way that the fused ops do not support:
-    forward-mode differentiation, torch.jit.trace."""
-    return forward_ad._current_level >= 0 or torch.jit.is_tracing()
+    forward-mode differentiation, torch.func transforms, torch.jit.trace."""
+    return (
+        forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+    )
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -572,7 +576,10 @@ class FusedPatchConv(PackingModule):
                     f"x has height and width {tuple(x.shape[2:])}, "
                     f"expected at least one patch of {conv.kernel_size}"
                 )
-        if parts is None or torch.is_grad_enabled() or uses_batch_statistics(norm):
+        if parts is None:
+            self.drop_pack()
+            return self.unfused(x)
+        if torch.is_grad_enabled() or uses_batch_statistics(norm):
             self.drop_pack()
             return self.unfused(x.contiguous(memory_format=torch.channels_last))
         pack = self.patch_pack(conv, norm)

@@ -39,9 +39,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def dense(t: Tensor, fmt: torch.memory_format = torch.contiguous_format) -> Tensor:
+    """``t`` with exactly the strides that ``torch.empty`` gives that format, also where a dimension
+    is 1 and ``contiguous()`` leaves any stride."""
+    t = t.contiguous(memory_format=fmt)
+    if 1 in t.shape:
+        exact = torch.empty(t.shape, dtype=t.dtype, device=t.device, memory_format=fmt)
+        if exact.stride() != t.stride():
+            return exact.copy_(t)
+    return t
+
+
 def like(y: Tensor, x: Tensor) -> Tensor:
-    """``y`` in the memory format of ``x``, never a view of another tensor's memory."""
-    return y.contiguous(memory_format=memory_format(x))
+    """``y`` in the memory format of ``x``."""
+    return dense(y, memory_format(x))
 
 
 def apply_act(x: Tensor, act: str) -> Tensor:
@@ -113,7 +124,7 @@ def _conv_backward(
         1,
         (need_x, need_weight, False),
     )
-    return dx if need_x else None, dw.contiguous() if need_weight else None
+    return dx if need_x else None, dense(dw) if need_weight else None
 
 
 def _sum(t: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -181,7 +192,7 @@ def patch_conv(x, weight, scale, shift, channels_last: bool = False) -> Tensor:
     y = _scaled(F.conv2d(x.to(weight.dtype), weight, stride=weight.shape[2:]), scale, shift).to(
         weight.dtype
     )
-    return y.contiguous(memory_format=torch.channels_last) if channels_last else like(y, x)
+    return dense(y, torch.channels_last) if channels_last else like(y, x)
 
 
 def head(x, w_conv, b_conv, w_fc, b_fc, act: str) -> Tensor:
