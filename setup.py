@@ -112,11 +112,11 @@ class CMakeBuild(build_ext):
             f"-DFASTERNET_VERSION={self.distribution.get_version()}",
             f"-DFASTERNET_TORCH_INCLUDE_DIRS={';'.join(cpp_extension.include_paths())}",
             f"-DFASTERNET_TORCH_LIBRARY_DIRS={';'.join(cpp_extension.library_paths())}",
-            f"-DPython_EXECUTABLE={sys.executable}",
         ]
         if with_python:
             import pybind11
 
+            configure.append(f"-DPython_EXECUTABLE={sys.executable}")
             configure.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
         subprocess.run(configure, check=True)
         build = [find_tool("cmake"), "--build", str(build_dir), "--parallel", str(build_jobs())]
