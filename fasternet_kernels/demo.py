@@ -9,11 +9,9 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import math
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fasternet_kernels import library, models, timing
+from fasternet_kernels.selftest import Errors, allowed_errors, errors
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -180,26 +179,6 @@ def _randomise(model: nn.Module) -> None:
 # ---- Agreement -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Error:
-    """Distance from the float64 answer: L2 norm and largest absolute value of the difference."""
-
-    l2: float
-    maximum: float
-
-
-def _allowed_error(exact: Tensor, rivals: list[Error], dtype: torch.dtype, factor: float) -> Error:
-    """How far a right answer in ``dtype`` may be off: ``factor`` times the largest error of the
-    rivals, plus one unit in the last place of the largest exact value.
-    """
-    info = torch.finfo(dtype)
-    ulp = info.eps * 2.0 ** math.floor(math.log2(max(exact.abs().max().item(), info.tiny)))
-    return Error(
-        factor * max(error.l2 for error in rivals) + ulp,
-        factor * max(error.maximum for error in rivals) + ulp,
-    )
-
-
 class Judge:
     """Decides whether logits are right, by the errors that eager PyTorch itself makes in float32.
 
@@ -216,20 +195,18 @@ class Judge:
             "eager, channels_last": channels_last(x.to(memory_format=torch.channels_last)),
         }
 
-    def error(self, logits: Tensor) -> Error:
+    def error(self, logits: Tensor) -> Errors:
         """Errors of logits of the reference's shape."""
-        difference = logits.double() - self.reference
-        return Error(difference.norm().item(), difference.abs().max().item())
+        return errors(logits, self.reference)
 
-    def allowed(self, factor: float = 2.0) -> Error:
+    def allowed(self, factor: float = 2.0) -> Errors:
         """The largest right errors."""
-        errors = [self.error(logits) for logits in self.eager.values()]
-        return _allowed_error(self.reference, errors, torch.float32, factor)
+        rivals = [self.error(logits) for logits in self.eager.values()]
+        return allowed_errors(self.reference, torch.float32, rivals, factor)
 
     def accepts(self, logits: Tensor, factor: float = 2.0) -> bool:
         """Whether both errors are allowed; NaN is not."""
-        error, allowed = self.error(logits), self.allowed(factor)
-        return error.l2 <= allowed.l2 and error.maximum <= allowed.maximum
+        return self.error(logits).within(self.allowed(factor))
 
 
 def _compare(judge: Judge, logits: Tensor) -> bool:
@@ -237,10 +214,10 @@ def _compare(judge: Judge, logits: Tensor) -> bool:
 
     norm = judge.reference.norm().item()
 
-    def row(name: str, error: Error | None, logits: Tensor | None) -> None:
-        errors = f"{error.l2 / norm:12.2e} {error.maximum:12.2e}" if error else " " * 25
+    def row(name: str, error: Errors | None, logits: Tensor | None) -> None:
+        numbers = f"{error.l2 / norm:12.2e} {error.maximum:12.2e}" if error else " " * 25
         top = "" if logits is None else " ".join(map(str, logits[0].topk(5).indices.tolist()))
-        print(f"{name:<28}{errors}   {top}".rstrip())
+        print(f"{name:<28}{numbers}   {top}".rstrip())
 
     print(f"{'Answers':<28}{'relative L2':>12} {'max error':>12}   top-5 classes")
     row("eager, float64", None, judge.reference)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,24 +38,64 @@ class Row:
     detail: str = ""
 
 
+class Errors(NamedTuple):
+    """How far a result is off, or may be: L2 norm and largest absolute value of the difference."""
+
+    l2: float
+    maximum: float
+
+    def within(self, allowed: Errors) -> bool:
+        """Whether both are allowed; NaN is not."""
+        return self.l2 <= allowed.l2 and self.maximum <= allowed.maximum
+
+
+def errors(got: Tensor, exact: Tensor) -> Errors:
+    """The errors of ``got`` where ``exact``, in float64, is finite."""
+    difference = (got.double() - exact)[exact.isfinite()]
+    if difference.numel() == 0:
+        return Errors(0.0, 0.0)
+    return Errors(float(difference.norm()), float(difference.abs().max()))
+
+
+def allowed_errors(
+    exact: Tensor, dtype: torch.dtype, rivals: Iterable[Errors], factor: float = 2.0
+) -> Errors:
+    """What a right result in ``dtype`` may be off: each error at most ``factor`` times the largest
+    of the rivals', plus one unit in the last place of the largest value; in float64, 1e-13
+    relative.
+
+    Args:
+        exact: the result in float64, from the same rounded inputs.
+        dtype: of the result.
+        rivals: errors of the same computation in the same dtype by other means, such as eager
+            PyTorch.
+    """
+    finite = exact[exact.isfinite()]
+    if finite.numel() == 0:
+        return Errors(0.0, 0.0)
+    largest = float(finite.abs().max())
+    if dtype == torch.float64:
+        return Errors(1e-13 * float(finite.norm()), 1e-13 * largest)
+    info = torch.finfo(dtype)
+    ulp = info.eps * 2.0 ** math.floor(math.log2(max(largest, info.tiny)))
+    rivals = list(rivals)
+    return Errors(
+        factor * max((rival.l2 for rival in rivals), default=0.0) + ulp,
+        factor * max((rival.maximum for rival in rivals), default=0.0) + ulp,
+    )
+
+
 def _compare(got: Tensor, exact: Tensor, eager: Tensor) -> tuple[float, float, str]:
     """(relative error, allowed relative error, what is wrong or an empty string)."""
     if got.shape != eager.shape or got.dtype != eager.dtype or got.stride() != eager.stride():
         return float("inf"), 0.0, "shape, strides or dtype differ from eager's"
-    if exact.numel() == 0:
-        return 0.0, 0.0, ""
-    norm, largest = float(exact.norm()), float(exact.abs().max())
-    error, peak = float((got.double() - exact).norm()), float((got.double() - exact).abs().max())
-    if got.dtype == torch.float64:
-        allowed, allowed_peak = 1e-13 * norm, 1e-13 * largest
-    else:
-        ulp = torch.finfo(got.dtype).eps * 2.0 ** math.floor(math.log2(max(largest, 1e-30)))
-        allowed = 2 * float((eager.double() - exact).norm()) + ulp
-        allowed_peak = 2 * float((eager.double() - exact).abs().max()) + ulp
+    ours = errors(got, exact)
+    allowed = allowed_errors(exact, got.dtype, [errors(eager, exact)])
     detail = ""
-    if not (error <= allowed and peak <= allowed_peak):
-        detail = f"maximum error {peak:.1e}, allowed {allowed_peak:.1e}"
-    return error / max(norm, 1e-30), allowed / max(norm, 1e-30), detail
+    if not ours.within(allowed):
+        detail = f"maximum error {ours.maximum:.1e}, allowed {allowed.maximum:.1e}"
+    norm = max(float(exact.norm()), 1e-30)
+    return ours.l2 / norm, allowed.l2 / norm, detail
 
 
 def _arguments(

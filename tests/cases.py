@@ -9,7 +9,6 @@ stand where the reference has them.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fasternet_kernels.reference import ACTS, compute_dtype
+from fasternet_kernels.selftest import allowed_errors, errors
 
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
 DTYPES = {
@@ -147,14 +147,6 @@ def loop_conv(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0) -> Tens
 # ---- The criterion -------------------------------------------------------------------------------
 
 
-def errors(got: Tensor, exact: Tensor) -> tuple[float, float]:
-    """(L2 norm, maximum) of the error of ``got`` where ``exact`` is finite."""
-    difference = (got.double() - exact)[exact.isfinite()]
-    if difference.numel() == 0:
-        return 0.0, 0.0
-    return float(difference.norm()), float(difference.abs().max())
-
-
 def assert_right(
     got: Tensor, exact: Tensor, *rivals: Tensor | Callable[[], Tensor], what: str = "result"
 ) -> None:
@@ -177,24 +169,19 @@ def assert_right(
     finite = exact[exact.isfinite()]
     if finite.numel() == 0:
         return
-    norm, largest = float(finite.norm()), float(finite.abs().max())
-    l2, peak = errors(got, exact)
+    ours, rival_errors = errors(got, exact), []
+    allowed = allowed_errors(exact, got.dtype, rival_errors)
     if got.dtype == torch.float64:
-        right = l2 <= 1e-13 * norm and peak <= 1e-13 * largest
-        assert right, f"{what}: error {l2 / max(norm, 1e-300):.1e}, maximum {peak:.1e} in float64"
-        return
-    info = torch.finfo(got.dtype)
-    ulp = info.eps * 2.0 ** math.floor(math.log2(max(largest, info.tiny)))
-    allowed_l2 = allowed_peak = ulp
+        rivals = ()
     for rival in rivals:
         rival = rival() if callable(rival) else rival
         assert rival.dtype == got.dtype, f"{what}: dtype {got.dtype}, eager has {rival.dtype}"
-        rival_l2, rival_peak = errors(rival, exact)
-        allowed_l2 = max(allowed_l2, 2 * rival_l2 + ulp)
-        allowed_peak = max(allowed_peak, 2 * rival_peak + ulp)
-        if l2 <= allowed_l2 and peak <= allowed_peak:
+        rival_errors.append(errors(rival, exact))
+        allowed = allowed_errors(exact, got.dtype, rival_errors)
+        if ours.within(allowed):
             return
-    raise AssertionError(
-        f"{what}: relative L2 error {l2 / norm:.2e} (allowed {allowed_l2 / norm:.2e}), "
-        f"maximum {peak:.2e} (allowed {allowed_peak:.2e})"
+    norm = float(finite.norm().clamp_min(1e-300))
+    assert ours.within(allowed), (
+        f"{what}: relative L2 error {ours.l2 / norm:.2e} (allowed {allowed.l2 / norm:.2e}), "
+        f"maximum {ours.maximum:.2e} (allowed {allowed.maximum:.2e})"
     )
