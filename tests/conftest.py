@@ -2,8 +2,7 @@
 
 import os
 
-# Before torch is imported: waiting threads sleep, so a busy machine does not stall thousands of tiny
-# calls.
+# Before torch is imported: waiting threads sleep, so a busy machine does not stall tiny calls.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
