@@ -1,12 +1,11 @@
-"""Finds FasterNet's parts in a live model and swaps in fused modules; puts the originals back.
+"""Finds FasterNet's parts in a live model and makes them run fused; makes them what they were.
 
 What is looked for is structure, never names: a block is a module with a 3x3 convolution on part of
 its channels and two 1x1 convolutions around an activation; a patch convolution is one whose stride
-is its kernel, with its norm; a network is a chain of
-these with a pooled head. What is found must then prove itself: a copy with random parameters in
-float64 has to give the same answers fused and unfused, in eval and in training mode, and leave its
-input alone. Only then is the module replaced, by one that shares the original's children,
-parameters, buffers, hooks and attributes, so parameters stay the same objects under the same keys.
+is its kernel, with its norm; a network is a chain of these with a pooled head. What is found must
+then prove itself: a copy with random parameters in float64 has to give the same answers fused and
+unfused, in eval and in training mode, and leave its input alone. Only then does the module change
+its class, and nothing else: it stays the same object with the same parameters under the same keys.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from .modules import (
     FusedBlock,
     FusedPatchConv,
     PackingModule,
+    PConv,
     Sources,
     act_name,
     autocast_dtype,
@@ -226,9 +226,7 @@ def _swap(module: nn.Module, mixin: type, paths: dict, act: str = "identity") ->
     varying = paths.get("drop_path")
     own = module.__dict__.pop("forward", None)
     if getattr(own, "__self__", None) is module and hasattr(type(module), own.__name__):
-        own = (
-            own.__name__
-        )  # as the official code sets it; a bound method would not survive pickling
+        own = own.__name__  # as in the official code; a bound method would not survive pickling
     proved = [module, *(m for path, m in known if path != varying)]
     children = [(m, len(m._modules)) for m in proved if m._modules]
     settings = [setting for m in proved for setting in _settings(m)]
@@ -255,7 +253,7 @@ class SwappedBlock(_Swapped, FusedBlock):
         if not self.as_proved():
             return None
         record = self.__dict__[_RECORD]
-        norm, pw1 = self.part("norm"), self.part("pw1")
+        norm = self.part("norm")
         if norm is not None and type(norm) not in (*NORMS, nn.Identity):
             return None
         path = record.paths["layer_scale"]
@@ -269,7 +267,7 @@ class SwappedBlock(_Swapped, FusedBlock):
                 return None
         return BlockParts(
             self.part("partial"),
-            pw1,
+            self.part("pw1"),
             norm,
             record.act,
             self.part("pw2"),
@@ -367,8 +365,7 @@ def _own_parameters(module: nn.Module, leaves) -> list[tuple[tuple[str, ...], Te
 
 
 def _match_block(module: nn.Module) -> _Match | None:
-    """A stand-in for ``module`` if it has a block's structure, None if it is something else
-    altogether."""
+    """The match of a module with a block's structure, None if it is something else altogether."""
     leaves = list(_leaves(module))
     partials = [(path, m) for path, m in leaves if _is_same_conv3x3(m)]
     pointwise = [(path, m) for path, m in leaves if _is_conv1x1(m)]
@@ -474,9 +471,7 @@ def _randomised_copy(module: nn.Module) -> nn.Module:
         raise _Refused("its parameters are on the meta device")
     try:
         twin = copy.deepcopy(module)
-    except (
-        Exception
-    ) as error:  # tensors with history, locks, open files: whatever the user put there
+    except Exception as error:  # whatever the user put there: locks, files, tensors with history
         raise _Refused(f"it cannot be copied: {error}") from None
     for m in twin.modules():
         for hooks in (
@@ -544,6 +539,8 @@ def _prove(module: nn.Module, match: _Match) -> None:
     theirs = _randomised_copy(module)
     ours = copy.deepcopy(theirs)
     _swap(ours, match.mixin, match.paths, match.act)
+    if not ours.as_proved():  # it would run unfused, and prove nothing
+        raise _Refused("global module hooks are registered")
     for training in (False, True):
         theirs.train(training)
         ours.train(training)
@@ -606,7 +603,7 @@ class _Network:
 
     def __init__(self, model: nn.Module, chain: list[str], conv: str, fc: str, act: str):
         self.model = model
-        self.chain, self.conv_name, self.fc_name, self.act = chain, conv, fc, act
+        self.act = act
         self.steps = [model.get_submodule(name) for name in chain]
         self.conv, self.fc = model.get_submodule(conv), model.get_submodule(fc)
         inside = {id(m) for step in self.steps for m in step.modules()}
@@ -822,7 +819,7 @@ def _swap_innermost(
     module: nn.Module, path: tuple[str, ...], match, kind: str, rows: list[Row]
 ) -> bool:
     """Swaps the innermost matches in ``module``, itself or below. Returns whether it found any."""
-    if isinstance(module, (_Swapped, PackingModule)):
+    if isinstance(module, (_Swapped, PackingModule, PConv)):
         return True
     found = False
     first = len(rows)
