@@ -10,8 +10,12 @@ converters see what they know. What runs depends on the call:
 * running statistics, gradients off: the op on packed weights. The pack is kept between calls, and
   dropped by ``train()``, by a call with gradients on, by ``.to()`` and its kin and by
   ``load_state_dict``. Each call compares address and version of every parameter and buffer with the
-  pack's, so only an edit through ``.data``, which PyTorch itself does not count, needs
-  :func:`repack`. Under ``torch.compile`` and ``torch.export`` packing is part of the graph.
+  pack's and asks whether any optimizer has stepped since, so only an edit through ``.data``, which
+  PyTorch itself does not count, needs :func:`repack`. Under ``torch.compile`` and ``torch.export``
+  packing is part of the graph.
+
+Calls that the fused ops do not serve (hooks inside, forward-mode differentiation, ``torch.func``
+transforms, ``torch.jit.trace``) run the parts one by one.
 """
 
 from __future__ import annotations
