@@ -108,6 +108,7 @@ class _Record:
     settings: list[tuple[nn.Module, str, object]]  # see _settings
 
 
+_PLAIN = (int, float, str, bool, type(None))
 _CONV = ("stride", "padding", "dilation", "groups", "padding_mode")
 _VARYING = ("training", "_pack", "call_super_init", "_is_full_backward_hook")
 
@@ -120,9 +121,10 @@ def _settings(m: nn.Module) -> list[tuple[nn.Module, str, object]]:
     elif isinstance(m, nn.GELU):
         names = ("approximate",)
     elif m._modules:
-        plain = (int, float, str, bool, type(None))
-        own = m.__dict__.items()
-        names = [name for name, v in own if type(v) in plain and name not in _VARYING]
+        # Its own attributes, and the defaults of its classes that an attribute may come to shadow.
+        levels = type(m).__mro__[: type(m).__mro__.index(nn.Module)]
+        found = [item for level in (m, *levels) for item in level.__dict__.items()]
+        names = {k for k, v in found if type(v) in _PLAIN and k not in _VARYING and k[:2] != "__"}
     else:
         names = ()
     return [(m, name, m.__dict__.get(name)) for name in (*names, "forward")]
@@ -609,7 +611,7 @@ class _Network:
         inside = {id(m) for step in self.steps for m in step.modules()}
         others = [m for m in model.modules() if id(m) not in inside]
         self.outside = [(m, tuple(m._modules.values())) for m in others]
-        self.settings = [s for m in others if m is not model for s in _settings(m)]
+        self.settings = [s for m in others for s in _settings(m)]
         self.kept: tuple[_Snapshot, list[Tensor], list[int]] | None = None
 
     def __getstate__(self):
@@ -687,7 +689,7 @@ class _Snapshot:
             for name in slots
         ]
         self.norms = [m for m in modules if isinstance(m, NORMS)]
-        self.settings = [s for m in modules if m is not model for s in _settings(m)]
+        self.settings = [s for m in modules for s in _settings(m)]
         self.sources = Sources(self.tensors(), self.constants())
         self.packs: list[tuple | None] = []
 

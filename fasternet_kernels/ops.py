@@ -780,7 +780,8 @@ def pconv3x3(x: Tensor, weight: Tensor, *, fast: bool = False) -> Tensor:
     Args:
         x: (B, C, H, W), float32, float64, bfloat16 or float16, any strides.
         weight: (C_partial, C_partial, 3, 3), x's dtype and device, 1 <= C_partial <= C.
-        fast: allow float32 algorithms with a larger rounding error. Without gradients only.
+        fast: allow float32 algorithms with a larger rounding error, without gradients; there are
+            none yet, so it changes nothing.
 
     Returns:
         (B, C, H, W) of x's dtype in the memory format that x suggests. The convolution has stride
@@ -884,7 +885,8 @@ def pconv_pw(
         scale, shift: (C_out) or None for 1 and 0; floating point, applied in float32 (float64
             beside float64).
         act: relu, gelu (erf), gelu_tanh, silu, hardswish or identity.
-        fast: allow float32 algorithms with a larger rounding error. Without gradients only.
+        fast: allow float32 algorithms with a larger rounding error, without gradients; there are
+            none yet, so it changes nothing.
 
     Returns:
         (B, C_out, H, W) of x's dtype (autocast's under autocast) in the memory format that x
@@ -933,7 +935,8 @@ def fasternet_block(
         layer_scale: (C) or None for 1.
         sample_scale: (B) or None for 1: stochastic depth, 0 or 1 / keep probability for each
             sample.
-        fast: allow float32 algorithms with a larger rounding error. Without gradients only.
+        fast: allow float32 algorithms with a larger rounding error, without gradients; there are
+            none yet, so it changes nothing.
 
     Returns:
         (B, C, H, W) of x's dtype in the memory format that x suggests.

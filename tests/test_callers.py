@@ -199,3 +199,34 @@ def test_images_smaller_than_a_patch():
                     plain(x)
                 with pytest.raises(ValueError, match="expected at least one patch"):
                     fast(x)
+
+
+class Gain(fk.models.FasterNet):
+    """A network whose forward reads a default of its class."""
+
+    gain = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+class GainBlock(fk.models.Block):
+    gain = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+def test_attributes_that_a_forward_reads():
+    """Set after accelerate, on a network and on a block: the answer follows."""
+    plain = Gain(embed_dim=16, depths=(1, 1), num_classes=7, feature_dim=24)
+    plain.stages[0].blocks[0] = GainBlock(16, 4, 2.0, 0.0, 0.0, "relu")
+    plain = wild.randomise(plain).double().eval()
+    fast = fk.accelerate(copy.deepcopy(plain))
+    assert any(row.kind == "network" for row in fk.report(fast).swapped)
+    with torch.no_grad():
+        near(fast(X), plain(X))
+        for at in (lambda m: m.stages[0].blocks[0], lambda m: m):
+            at(plain).gain = at(fast).gain = 3.0
+            for _ in range(2):
+                near(fast(X), plain(X))

@@ -8,8 +8,9 @@
 //     h  = act([u | x[:, c_partial:]] * w_pw1 + shift)    K = 2 segments: no concatenation is ever written
 //     y += h * w_pw2                                      the residual joins in the last chunk's epilogue
 //
-// u, h and the partial sums of y are scratch of one thread and stay in its L2 cache; x is read once (three rows twice)
-// and y is written once: (2 + 2/rows) * C elements of traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112
+// u, h and the partial sums of y are scratch of one thread and stay in its L2 cache; x is read from memory once, but
+// for the first c_partial channels of the two rows around a tile, and y is written once: 2 C + 2 C_p / rows elements of
+// traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112
 // pixels give each row group a dozen visits per panel while h (112 x 256 floats) stays at 112 KB.
 //
 // All arithmetic goes through one micro-kernel, `micro`: kRows x kVecs accumulators over a list of K segments. An
