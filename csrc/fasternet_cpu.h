@@ -54,16 +54,20 @@ ParallelFor serial();  // everything on the calling thread
 
 // One GEMM operand in the order the kernels read it, the same on every instruction set: panels of 16 output channels (8
 // in double), each laid out as K rows of one cache line, a last panel of half that width where that suffices; then the
-// shift. K runs over (kernel row, kernel column, input channel).
+// shift. K runs over (kernel row, kernel column, input channel). PConv's weight is packed with its kernel columns as
+// outputs of their own, `columns_as_outputs`: kw * n outputs (kernel column, output channel), without scale or shift,
+// and K over (kernel row, input channel).
 struct Weight {
   const void* data = nullptr;  // (n, c, kh, kw), contiguous
   DType dtype = DType::kFloat32;
   int64_t n = 0, c = 0, kh = 1, kw = 1;
   const void* scale = nullptr;  // (n) or null, compute type: multiplies each output channel's weights, in double
   const void* shift = nullptr;  // (n) or null, compute type
+  bool columns_as_outputs = false;
 };
 int64_t packed_size(DType dtype, int64_t n, int64_t k);  // elements of the compute type; a multiple of a cache line
-void pack(const Weight& weight, void* packed);           // weight.dtype kFloat64 packs double, the others float
+int64_t packed_size(const Weight& weight);
+void pack(const Weight& weight, void* packed);  // weight.dtype kFloat64 packs double, the others float
 
 // ---- Operators ------------------------------------------------------------------------------------------------------
 
@@ -77,7 +81,7 @@ struct PConv3x3 {
   int64_t x_stride[4];
   void* y;
   int64_t y_stride[4];
-  const void* packed;  // Weight(c_partial, c_partial, 3, 3)
+  const void* packed;  // Weight(c_partial, c_partial, 3, 3) with columns_as_outputs
 };
 void pconv3x3(const PConv3x3& args, const ParallelFor& parallel);
 
@@ -89,7 +93,7 @@ struct PConvPw {
   int64_t x_pixel_stride;
   void* y;
   int64_t y_pixel_stride;
-  const void* packed;  // Weight(c_partial, c_partial, 3, 3), then Weight(c_out, channels, 1, 1)
+  const void* packed;  // that of PConv3x3, then Weight(c_out, channels, 1, 1)
   Act act;
 };
 void pconv_pw(const PConvPw& args, const ParallelFor& parallel);
@@ -106,7 +110,7 @@ struct Block {
   int64_t residual_pixel_stride;
   void* y;  // must not overlap x
   int64_t y_pixel_stride;
-  const void* packed;        // (c_partial, c_partial, 3, 3), (c_hidden, channels, 1, 1), (channels, c_hidden, 1, 1)
+  const void* packed;        // that of PConv3x3, Weight(c_hidden, channels, 1, 1), Weight(channels, c_hidden, 1, 1)
   const void* sample_scale;  // (batch) in the compute type, or null
   Act act;
 };

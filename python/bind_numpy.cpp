@@ -298,6 +298,12 @@ Weight as_weight(DType dtype, const Array& w, const Array* scale = nullptr, cons
   return weight;
 }
 
+Weight as_pconv_weight(DType dtype, const Array& w) {
+  Weight weight = as_weight(dtype, w);
+  weight.columns_as_outputs = true;
+  return weight;
+}
+
 // Weights packed one behind the other for the length of a call.
 class Packed {
  public:
@@ -322,7 +328,7 @@ class Packed {
 
   static int64_t size_in_bytes(const Weight& weight) {
     const int64_t element = weight.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-    return packed_size(weight.dtype, weight.n, weight.c * weight.kh * weight.kw) * element;
+    return packed_size(weight) * element;
   }
 
   char* data_;
@@ -341,7 +347,7 @@ void run_pconv3x3(const Arguments& arguments, const Array& x, const Array& weigh
   std::copy_n(y_stride, 4, job.y_stride);
   if (x.size() == 0) return;
   run_without_gil([&](const ParallelFor& parallel) {
-    const Packed packed({as_weight(job.dtype, weight)});
+    const Packed packed({as_pconv_weight(job.dtype, weight)});
     job.packed = packed.data();
     pconv3x3(job, parallel);
   });
@@ -399,7 +405,7 @@ py::array numpy_pconv_pw(const py::object& x_value, const py::object& w_partial_
   job.y = y.mutable_data(), job.y_pixel_stride = c_out;
   job.act = act;
   run_without_gil([&](const ParallelFor& parallel) {
-    const Packed packed({as_weight(job.dtype, w_partial), as_weight(job.dtype, w_pw, &scale, &shift)});
+    const Packed packed({as_pconv_weight(job.dtype, w_partial), as_weight(job.dtype, w_pw, &scale, &shift)});
     job.packed = packed.data();
     pconv_pw(job, parallel);
   });
@@ -433,7 +439,7 @@ py::array numpy_block(const py::object& x_value, const py::object& w_partial_val
   job.y = y.mutable_data(), job.y_pixel_stride = channels;
   job.act = act;
   run_without_gil([&](const ParallelFor& parallel) {
-    const Packed packed({as_weight(job.dtype, w_partial), as_weight(job.dtype, w_pw1, &scale, &shift),
+    const Packed packed({as_pconv_weight(job.dtype, w_partial), as_weight(job.dtype, w_pw1, &scale, &shift),
                          as_weight(job.dtype, w_pw2, &layer_scale)});
     job.packed = packed.data();
     block(job, parallel);

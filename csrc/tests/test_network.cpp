@@ -47,7 +47,7 @@ struct Plan {
     const auto partial = Filter<T>::random(seed, c_partial, c_partial, 3, 3, false, false);
     const auto pw1 = Filter<T>::random(seed + 1, 2 * channels, channels, 1, 1, true, true);
     const auto pw2 = Filter<T>::random(seed + 2, channels, 2 * channels, 1, 1, false, false);
-    return Packed<T>({&partial, &pw1, &pw2});
+    return Packed<T>({&partial, &pw1, &pw2}, First::kPConv);
   }
 
   std::vector<Step> steps() const {
