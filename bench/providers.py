@@ -266,6 +266,7 @@ def _openvino(task: Task) -> Call:
         request.infer()
         return request.get_output_tensor().data
 
+    call.images = x  # the tensor only borrows its memory
     return call
 
 
@@ -290,8 +291,8 @@ def _mnn(task: Task) -> Call:
     )
     x = np.load(task.images)
     source, result = interpreter.getSessionInput(session), interpreter.getSessionOutput(session)
-    images = _mnn_tensor(x)
-    answer = _mnn_tensor(np.empty(result.getShape(), np.float32))
+    y = np.empty(result.getShape(), np.float32)
+    images, answer = _mnn_tensor(x), _mnn_tensor(y)
 
     def call() -> np.ndarray:
         source.copyFrom(images)
@@ -299,6 +300,7 @@ def _mnn(task: Task) -> Call:
         result.copyToHostTensor(answer)
         return answer.getNumpyData()
 
+    call.arrays = x, y  # the tensors only borrow their memory
     return call
 
 

@@ -87,7 +87,7 @@ class Row:
     peak_share: float | None = None  # median over rounds
     gb_per_s: float | None = None  # of what must be moved at least
     copy_gb_per_s: float | None = None  # read and written by a plain copy in this session
-    vs_ours: float | None = None  # this one's time / ours: above 1, ours is faster
+    vs_ours: float | None = None  # this one's time / ours (bf16 ours: / fp32 ours)
     vs_ours_low: float | None = None  # 95 % bootstrap interval
     vs_ours_high: float | None = None
     rounds: int | None = None

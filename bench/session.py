@@ -54,13 +54,13 @@ class Settings:
         rounds: at least and at most.
     """
 
-    burst_seconds: float = 0.3
+    burst_seconds: float = 0.25
     pause_seconds: float = 0.1
-    session_seconds: float = 35.0
-    rounds: tuple[int, int] = (5, 9)
+    session_seconds: float = 25.0
+    rounds: tuple[int, int] = (5, 8)
 
 
-SHORT = Settings(burst_seconds=0.2, session_seconds=8.0, rounds=(5, 7))
+SHORT = Settings(burst_seconds=0.15, session_seconds=6.0, rounds=(5, 7))
 SETTINGS = {"network": Settings(), "chain": SHORT, "operator": SHORT}
 QUICK = Settings(burst_seconds=0.1, pause_seconds=0.05, session_seconds=2.0, rounds=(2, 3))
 
@@ -576,8 +576,9 @@ class Session:
             limits = np.array(_round_medians(peaks)) * flops / 1e9  # seconds at the peak
             measured["peak_gflop_per_s"] = 1 / peaks.median
             measured["peak_share"] = float(np.median(limits / np.array(medians)))
-        ours = timings.get(f"{workload.name} ours {contender.dtype}")
-        if ours is not None and all(ours.rounds) and contender.provider != "ours":
+        dtype = "fp32" if contender.provider == "ours" else contender.dtype
+        ours = timings.get(f"{workload.name} ours {dtype}")
+        if ours is not None and ours is not taken and all(ours.rounds):
             ratio = stats.speedup(medians, _round_medians(ours))
             measured["vs_ours"], measured["vs_ours_low"], measured["vs_ours_high"] = ratio
         return dataclasses.replace(row, **measured)

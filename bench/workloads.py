@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import itertools
 import zlib
 from collections.abc import Callable
 
@@ -131,7 +132,18 @@ def _networks() -> list[Workload]:
 
 
 def _mobilenet() -> nn.Module:
-    return _import_timm().create_model("mobilenetv2_100", pretrained=False)
+    """timm's MobileNetV2, each BatchNorm behind its convolution and apart from the activation that
+    timm computes in the same module, so that it can be folded."""
+    timm = _import_timm()
+    model = timm.create_model("mobilenetv2_100", pretrained=False)
+    for parent in list(model.modules()):
+        pairs = itertools.pairwise(list(parent.named_children()))
+        for (conv_name, conv), (norm_name, norm) in pairs:
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, timm.layers.BatchNormAct2d):
+                plain = nn.BatchNorm2d(norm.num_features, norm.eps)
+                setattr(parent, conv_name, nn.Sequential(conv, plain))
+                setattr(parent, norm_name, norm.act)
+    return model
 
 
 def _import_timm():

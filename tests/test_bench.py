@@ -60,10 +60,11 @@ def row(provider="ours", median_ms=1.0, **changes) -> results.Row:
 
 
 def failed(provider, status, **changes) -> results.Row:
-    numbers = dict.fromkeys(
-        ("median_ms", "p20_ms", "p80_ms", "min_ms", "images_per_s", "gflop_per_s", "peak_share")
-    )
-    return row(provider, status=status, round_medians_ms=(), **numbers, **changes)
+    numbers = (
+        "median_ms", "p20_ms", "p80_ms", "min_ms", "images_per_s", "gflop_per_s", "peak_share",
+    )  # fmt: skip
+    none = dict.fromkeys(numbers)
+    return dataclasses.replace(row(provider), status=status, round_medians_ms=(), **none, **changes)
 
 
 # ---- Statistics ----------------------------------------------------------------------------------
@@ -109,6 +110,26 @@ def test_flops_of_networks_are_the_papers(name, gmacs):
     """Table 3 of arXiv 2303.03667."""
     flops = workloads.find(f"fasternet_{name}").flops(2)
     assert flops == pytest.approx(2 * MAC * gmacs * 1e9, rel=0.02)
+
+
+def test_mobilenet_is_timms():
+    """With BatchNorm and activation apart it is the network that it was, and it can be folded."""
+    workload = workloads.find("mobilenetv2_100")
+    try:
+        timm = workloads._import_timm()
+    except ImportError as error:
+        pytest.skip(str(error))
+    module, x = workload.build().double(), workloads.images(workload, 1).double()
+    original = timm.create_model("mobilenetv2_100").eval().double()
+    tensors = list(module.state_dict().values())
+    shapes = [tensor.shape for tensor in original.state_dict().values()]
+    assert [tensor.shape for tensor in tensors] == shapes
+    original.load_state_dict(dict(zip(original.state_dict(), tensors)))
+    with torch.no_grad():
+        exact = original(x).numpy()
+        for same in (module, models.fold_batch_norm(module)):
+            assert session.parity(same(x).numpy(), exact, "fp32")[0] < 1e-12
+    assert workload.flops(1) == pytest.approx(MAC * 0.30e9, rel=0.03)  # arXiv 1801.04381
 
 
 def test_flops_and_traffic_of_a_chain():
@@ -455,13 +476,13 @@ def test_tables():
 
 def test_readme_is_written_between_its_markers(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text(f"above\n{report.BEGIN}\nold\n{report.END}\nbelow\n")
+    path.write_text(f"above\n{report.BEGIN}\nof before\n{report.END}\nbelow\n")
     for _ in range(2):
         report.update_readme(SYNTHETIC, path)
         text = path.read_text()
         assert text.startswith(f"above\n{report.BEGIN}\n\n")
         assert text.endswith(f"\n\n{report.END}\nbelow\n")
-        assert "old" not in text
+        assert "of before" not in text
     assert text.count("| fasternet_t0 |") == 2
     path.write_text("no markers")
     with pytest.raises(ValueError, match="no line"):
