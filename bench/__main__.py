@@ -8,7 +8,8 @@
 
 Rows are appended to bench/results/<device>.csv as they come. Cut off? `--resume` goes on where the
 last run ended. Filters: --only t0,s --providers ours,mnn --threads 1 --batch 1 --mode latency.
-Close everything else first: what another process takes, some provider loses.
+Tables compare rows of one session only; trials belong elsewhere, --csv trial.csv. Close everything
+else first: what another process takes, some provider loses.
 """
 
 from __future__ import annotations
@@ -104,8 +105,11 @@ def specs(args: argparse.Namespace) -> list[Spec]:
     for name in args.providers or ():
         if name not in PROVIDERS:
             raise ValueError(f"no provider {name!r}; there are {', '.join(PROVIDERS)}")
-    goals = args.command == "goals"
-    found = _goal_specs(args) if goals else _kind_specs(args, KINDS[args.command])
+    if args.command == "goals":
+        found = _goal_specs(args)
+    else:
+        batches = (1, 16) if args.command == "networks" else (1,)
+        found = _kind_specs(args, KINDS[args.command], batches=batches)
     found = [spec for spec in found if any(spec.contenders())]
     if not found:
         raise ValueError("the filters leave nothing to measure")
@@ -197,9 +201,9 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
         busy = session.other_load(pool)
     if busy is not None and busy > BUSY:
         print(f"Warning: other processes keep {busy:.1f} processors busy.", file=sys.stderr)
-    print(f"run {run}, {path}", flush=True)
-
     weights = [spec.expected_seconds(args.quick) for spec in todo]
+    minutes = max(1, round(sum(weights) / 60))
+    print(f"run {run}, {len(todo)} sessions, about {minutes} min, {path}", flush=True)
     before = dict(zip(todo, itertools.accumulate(weights, initial=0.0)))
     expected = dict(zip(todo, weights))
     with tqdm(

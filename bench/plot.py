@@ -22,7 +22,7 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
         ImportError: matplotlib is missing.
         ValueError: no row has a number.
     """
-    last = [row for row in results.latest(rows).values() if row.ok and row.mode == "latency"]
+    last = [row for row in results.latest(rows) if row.ok and row.mode == "latency"]
     last = [row for row in last if row.dtype == "fp32"]
     if not last:
         raise ValueError("no results to draw: python -m bench")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import os
@@ -331,6 +332,7 @@ PROVIDERS = {
 PEERS = ("torch_compile", "onnxruntime", "openvino", "mnn")
 
 
+@functools.cache
 def available(name: str) -> str:
     """Why a provider cannot run on this machine; "" if it can."""
     for package in PROVIDERS[name].packages:

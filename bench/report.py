@@ -93,7 +93,7 @@ def compare(slower: Row, faster: Row) -> Interval | None:
 
 def judge(rows: Sequence[Row]) -> list[Verdict]:
     """Each goal on each network and number of threads that was measured."""
-    last = list(results.latest(rows).values())
+    last = results.latest(rows)
     last = [row for row in last if row.mode == "latency" and row.dtype == "fp32"]
     verdicts = []
     for goal in GOALS:
@@ -209,7 +209,7 @@ def _threads(number: int) -> str:
 
 def readme_text(rows: Sequence[Row]) -> str:
     """README's tables, as Markdown: networks by batch and threads, and where it was measured."""
-    last = list(results.latest(rows).values())
+    last = results.latest(rows)
     last = [r for r in last if r.kind == "network" and r.dtype == "fp32"]
     if not last:
         return "No results are committed yet."

@@ -101,7 +101,7 @@ class Row:
 
     @property
     def key(self) -> tuple:
-        """What is measured, whenever: of rows with the same key the last one counts."""
+        """What is measured, whenever; a run measures it once."""
         return (self.workload, self.batch, self.threads, self.mode, self.dtype, self.provider)
 
 
@@ -172,9 +172,19 @@ def _check_header(path: Path) -> None:
         raise ValueError(f"{path} has other columns ({', '.join(odd) or 'in another order'})")
 
 
-def latest(rows: Sequence[Row]) -> dict[tuple, Row]:
-    """key -> the last row with that key."""
-    return {row.key: row for row in rows}
+def latest(rows: Sequence[Row]) -> list[Row]:
+    """The rows that count: for the same work under the same conditions, those of one session, the
+    last of those in which the most providers have a number. So rows side by side were measured side
+    by side, and a later look at two providers does not hide the others."""
+    groups: dict[tuple, dict[str, dict[str, Row]]] = {}
+    for row in rows:
+        sessions = groups.setdefault(row.key[:-1], {})
+        sessions.setdefault(row.session, {})[row.provider] = row
+    chosen = []
+    for sessions in groups.values():
+        best = max(reversed(sessions.values()), key=lambda s: sum(row.ok for row in s.values()))
+        chosen += best.values()
+    return chosen
 
 
 def newest_run(rows: Sequence[Row]) -> str | None:

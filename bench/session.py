@@ -104,11 +104,13 @@ class Spec:
     def expected_seconds(self, quick: bool) -> float:
         """A guess, for the progress bar."""
         settings = self.settings(quick)
-        contenders = list(self.contenders())
-        speed = 100e9 * self.threads
-        calls = [workloads.find(w).flops(self.batch) / speed for w, _, _ in contenders]
-        a_round = sum(max(settings.burst_seconds + settings.pause_seconds, c) for c in calls)
-        return 4 * len(calls) + 2 * sum(calls) + _rounds(a_round, settings) * a_round
+        total, a_round = 0.0, 0.0
+        for name, provider, _ in self.contenders():
+            if not available(provider):
+                call = workloads.find(name).flops(self.batch) / (150e9 * self.threads)
+                total += 2 * call + (10.0 if provider == "torch_compile" else 1.0)
+                a_round += max(settings.burst_seconds, call) + settings.pause_seconds
+        return total + _rounds(a_round or 1, settings) * a_round
 
 
 def _rounds(round_seconds: float, settings: Settings) -> int:

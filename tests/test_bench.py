@@ -195,7 +195,14 @@ def test_rows_survive_the_csv(tmp_path):
     assert results.read(path) == rows
     assert results.read(tmp_path / "none.csv") == []
     assert results.newest_run(rows) == "r1"
-    assert results.latest(rows)[rows[0].key] is rows[2]
+
+
+def test_the_fullest_of_the_last_sessions_counts():
+    old = [row("ours", 3.0, session="1"), row("mnn", 3.0, session="1")]
+    new = [row("ours", 2.0, session="2"), row("mnn", 2.0, session="2")]
+    look = [row("ours", 1.0, session="3"), failed("mnn", "not installed", session="3")]
+    elsewhere = row("ours", 1.0, session="4", threads=2)
+    assert results.latest([*old, *new, *look, elsewhere]) == [*new, elsewhere]
 
 
 def test_other_columns_are_refused(tmp_path):
@@ -389,7 +396,7 @@ def test_provider_computes_the_network(provider, name, tmp_path):
     with session.Pool(tmp_path) as pool:
         (got,) = session.Session(spec, pool, session.QUICK, "run", "session")(lambda *_: None)
     assert got.status == "ok"
-    assert got.error_rel_l2 < 2e-5
+    assert 0 < got.error_rel_l2 < session.GATE["fp32"]
 
 
 # ---- What is made of the rows --------------------------------------------------------------------
