@@ -1,11 +1,12 @@
 # make demo    an accelerated FasterNet on a photograph: same answers, a latency table and a chart
 # make test    the C++ and the Python tests, without the long ones
-# Both create .venv, install what is missing, and build. They need Python 3.10+, a C++17 compiler and make.
+# make bench   the speed of FasterNet T0 to L here and in other runtimes; 20 minutes on an idle machine of 2 cores
+# All create .venv, install what is missing, and build. They need Python 3.10+, a C++17 compiler and make.
 #
 # make test-all   with the long tests          make test-cpp   csrc/ and its tests alone, without Python
 # make lint       style checks                 make format     style fixes                make clean
 #
-# Variables: PYTHON (interpreter that creates .venv), ARGS (options of `fasternet-kernels demo` or of pytest), and TORCH:
+# Variables: PYTHON (interpreter that creates .venv), ARGS (options of `fasternet-kernels demo`, pytest or `python -m bench`), and TORCH:
 # what pip installs where .venv has no torch of 2.10 or newer. pip's default may be a build for CUDA of several GB. For
 # another build, add the index that PyTorch's installation page names for it, or give a wheel:
 #     make demo TORCH='torch==2.13.0 --index-url INDEX_OF_CPU_BUILDS'
@@ -25,6 +26,7 @@ BUILD_PACKAGES := 'setuptools>=77' 'pybind11>=2.13'
 DEMO_PACKAGES := matplotlib pillow safetensors scikit-learn tqdm
 TEST_PACKAGES := $(DEMO_PACKAGES) 'pytest>=8' huggingface_hub pyyaml
 TEST_PACKAGES_NO_DEPS := timm==1.0.30 torchvision==0.28.0
+BENCH_PACKAGES := matplotlib MNN onnx onnxruntime openvino tqdm huggingface_hub pyyaml safetensors
 LINT_PACKAGES := ruff==0.17.6 clang-format==23.1.5
 
 CPP_BUILD := build/cpp
@@ -33,7 +35,7 @@ CPP_SOURCES = $(shell find csrc python -name '*.cpp' -o -name '*.h')
 SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 
 .NOTPARALLEL:  # with -j, several pips would write to .venv at once; what builds and tests is parallel by itself
-.PHONY: demo test test-all test-cpp lint format clean
+.PHONY: demo test test-all test-cpp bench lint format clean
 
 demo: $(VENV)/stamp-build $(VENV)/stamp-demo
 	$(BIN)/fasternet-kernels demo $(ARGS)
@@ -48,6 +50,9 @@ test-cpp: $(VENV)/stamp-cmake
 	cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTERNET_BUILD_TESTS=ON
 	cmake --build $(CPP_BUILD)
 	ctest --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error --parallel $(JOBS)
+
+bench: $(VENV)/stamp-build $(VENV)/stamp-bench
+	$(BIN)/python -m bench $(ARGS)
 
 lint: $(VENV)/stamp-lint
 	ruff check .
@@ -96,6 +101,11 @@ $(VENV)/stamp-demo: $(VENV)/stamp-torch
 
 $(VENV)/stamp-test: $(VENV)/stamp-torch
 	$(PIP) $(TEST_PACKAGES)
+	$(PIP) --no-deps $(TEST_PACKAGES_NO_DEPS)
+	touch $@
+
+$(VENV)/stamp-bench: $(VENV)/stamp-torch
+	$(PIP) $(BENCH_PACKAGES)
 	$(PIP) --no-deps $(TEST_PACKAGES_NO_DEPS)
 	touch $@
 

@@ -169,6 +169,12 @@ std::vector<FeatureShape> network_outputs(const Network& args);
 // outputs[i] is dense channels-last memory of the i-th of network_outputs.
 void network(const Network& args, void* const* outputs, const ParallelFor& parallel);
 
+// ---- The machine ----------------------------------------------------------------------------------------------------
+
+// What the machine could do at best: operations per second (two for a multiply-add) of independent float multiply-adds
+// in registers, on the vectors of selected_isa() and on all of parallel's threads, over about `seconds`.
+double fma_peak(double seconds, const ParallelFor& parallel);
+
 // ---- Reference ------------------------------------------------------------------------------------------------------
 
 // The same operators as plain loops over unpacked weights with double accumulation, for the tests. Contiguous

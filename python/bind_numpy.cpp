@@ -515,6 +515,15 @@ py::array numpy_head(const py::object& x_value, const py::object& w_conv_value, 
   return y;
 }
 
+double numpy_fma_peak(double seconds) {
+  if (!(seconds > 0 && seconds <= 10)) {
+    throw py::value_error("fma_peak: seconds is " + std::to_string(seconds) + ", expected more than 0 and at most 10");
+  }
+  double peak = 0;
+  run_without_gil([&](const ParallelFor& parallel) { peak = fma_peak(seconds, parallel); });
+  return peak;
+}
+
 py::dict build_info() {
   py::list isas;
   for (Isa isa : available_isas()) isas.append(isa_name(isa));
@@ -608,6 +617,13 @@ b_fc: (C_out,) or None. act as in pconv_pw. Returns (B, C_out).)");
 --
 
 A dict: version, compiler, available_isas (what this processor runs, slowest first) and isa (the one in use).)");
+  m.def("fma_peak", &numpy_fma_peak, py::arg("seconds") = 0.02,
+        R"(fma_peak(seconds=0.02)
+--
+
+Operations per second, two for a multiply-add, that this machine reaches now on get_num_threads() threads: independent
+float32 multiply-adds in registers, on the vectors of build_info()["isa"], for about that many seconds. The clock of a
+processor moves, so a share of this peak is only meaningful when both were measured side by side.)");
   m.def("set_num_threads", &set_num_threads, py::arg("n"),
         R"(set_num_threads(n)
 --

@@ -14,6 +14,7 @@ struct Kernels {
   void (*block)(const Block&, const ParallelFor&);
   void (*patch_conv)(const PatchConv&, const ParallelFor&);
   void (*head)(const Head&, const ParallelFor&);
+  int64_t (*fma_loop)(int64_t iterations, float a, float b, float* sink);  // peak.inl.h
 };
 extern const Kernels kKernelsGeneric;
 #ifdef FASTERNET_HAVE_X86

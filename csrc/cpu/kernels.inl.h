@@ -1128,6 +1128,8 @@ void head(const Head& args, const ParallelFor& parallel) {
   by_dtype<Head>(args.dtype, args, parallel, head_as<float, float>, head_as<double, double>, head_as<bf16, float>);
 }
 
+#include "peak.inl.h"
+
 }  // namespace FASTERNET_ISA_NAMESPACE
 
 extern const Kernels FASTERNET_KERNELS;
@@ -1136,6 +1138,7 @@ const Kernels FASTERNET_KERNELS = {FASTERNET_ISA,
                                    FASTERNET_ISA_NAMESPACE::pconv_pw,
                                    FASTERNET_ISA_NAMESPACE::block,
                                    FASTERNET_ISA_NAMESPACE::patch_conv,
-                                   FASTERNET_ISA_NAMESPACE::head};
+                                   FASTERNET_ISA_NAMESPACE::head,
+                                   FASTERNET_ISA_NAMESPACE::fma_loop};
 
 }  // namespace fasternet

@@ -81,6 +81,13 @@ void test_names() {
   }
 }
 
+void test_fma_peak() {
+  for (double seconds : {1e-6, 2e-3}) {
+    const double peak = fasternet::fma_peak(seconds, fasternet::serial());
+    check(peak > 1e8 && peak < 1e13, "fma_peak", "is " + std::to_string(peak) + " operations per second");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -88,5 +95,6 @@ int main() {
   return run_tests("test_isa", [] {
     test_available_isas();
     test_names();
+    test_fma_peak();
   });
 }
