@@ -57,6 +57,7 @@ class Report:
     """What :func:`accelerate` did to a model. ``print`` it, or read ``rows``."""
 
     rows: tuple[Row, ...]
+    fast: bool = False  # whether the fast tier was allowed
 
     @property
     def swapped(self) -> tuple[Row, ...]:
@@ -67,7 +68,8 @@ class Report:
         return tuple(row for row in self.rows if not row.swapped)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} swapped, {len(self.refused)} refused"]
+        fast = ", fast tier allowed" if self.fast else ""
+        lines = [f"{len(self.swapped)} swapped, {len(self.refused)} refused{fast}"]
         for row in self.rows:
             done = "swapped" if row.swapped else "refused"
             reason = f": {row.reason}" if row.reason else ""
@@ -106,6 +108,7 @@ class _Record:
     known: list[tuple[tuple[str, ...], nn.Module]]  # all modules below it but the norm
     children: list[tuple[nn.Module, int]]  # how many each of them has
     settings: list[tuple[nn.Module, str, object]]  # see _settings
+    fast: bool = False  # whether the fast tier is allowed
 
 
 _PLAIN = (int, float, str, bool, type(None))
@@ -181,6 +184,11 @@ class _Swapped:
 
     def unfused(self, x: Tensor) -> Tensor:
         return self.original(x)
+
+    @property
+    def fast(self) -> bool:
+        """Whether the fast tier is allowed."""
+        return self.__dict__[_RECORD].fast
 
     def as_proved(self) -> bool:
         """Whether the module is built as it was when it was proved, and nothing hooks into it."""
@@ -311,7 +319,7 @@ class SwappedPConv(_Swapped, nn.Module):
     def fused(self, x: Tensor) -> Tensor:
         if must_run_plainly() or not self.as_proved():
             return self.original(x)
-        return ops.pconv3x3(x, self.part("partial").weight)
+        return ops.pconv3x3(x, self.part("partial").weight, fast=self.fast)
 
 
 for _kind in (SwappedBlock, SwappedPatchConv, SwappedPConv):
@@ -588,7 +596,7 @@ class SwappedNetwork(_Swapped):
         fits = x.shape[1] == weight.shape[1] and x.device == weight.device
         if not fits or not _large_enough(x, plan[1]) or (cast is None and x.dtype != weight.dtype):
             return self.original(x)  # whose modules say what is wrong
-        (logits,) = _ops.network(x if cast is None else x.to(cast), *plan)
+        (logits,) = _ops.network(x if cast is None else x.to(cast), *plan, self.fast)
         return logits
 
     def drop_pack(self) -> None:
@@ -844,7 +852,7 @@ def _swap_innermost(
     return True
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: nn.Module, *, fast: bool = False) -> nn.Module:
     """Swaps the FasterNet parts of ``model`` for fused modules, in place, and returns ``model``.
 
     Same parameters (the same objects), same state_dict keys, same answers, in ``train()`` and
@@ -860,6 +868,10 @@ def accelerate(model: nn.Module) -> nn.Module:
 
     Args:
         model: any module that is or holds such parts, on any device and of any dtype.
+        fast: allow the fast tier: Winograd's convolution where it pays, in float32 on CPUs in
+            inference without gradients. A network's error against float64 stays below 2e-5
+            (relative, L2); an infinity or NaN may reach other pixels nearby. The proof in float64
+            is the same; nothing else changes.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
@@ -880,7 +892,10 @@ def accelerate(model: nn.Module) -> nn.Module:
             rows.append(Row("", "network", True))
     except _Refused as refused:
         rows.append(Row("", "network", False, str(refused)))
-    model.__dict__[_REPORT] = Report(tuple(rows))
+    for module in model.modules():
+        if fast and isinstance(module, _Swapped):
+            module.__dict__[_RECORD].fast = True
+    model.__dict__[_REPORT] = Report(tuple(rows), fast)
     return model
 
 

@@ -36,6 +36,13 @@ static inline int64_t packed_elements(int64_t n, int64_t k, int64_t element_size
   return (padded_n(n, element_size) * (k + 1) + line - 1) / line * line;
 }
 
+// The fast tier's weights of a PConv: kWinogradProducts packed weights with n = k = c_partial. Below 24 channels
+// the transforms cost what the products save, and the vectors of the transforms are of 8 channels.
+constexpr int kWinogradProducts = 24;
+static inline bool has_winograd(int64_t c_partial) { return c_partial >= 24 && c_partial % 8 == 0; }
+// On small images most of a patch is padding, and the many weights are read for few patches.
+static inline bool winograd_pays(int64_t height, int64_t width) { return height >= 14 && width >= 14; }
+
 // Memory of the calling thread, 64-byte aligned, kept for its next call: a call like one before allocates nothing. Each
 // slot is one buffer; asking again for a slot may move it.
 enum Slot { kSlotTile, kSlotShared, kSlotNetworkA, kSlotNetworkB, kSlotCount };
