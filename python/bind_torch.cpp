@@ -241,9 +241,12 @@ void check_pconv(const Tensor& x, const Tensor& weight) {
   check_c_partial(c_partial, x);
 }
 
-// Whether the operators on raw weights run the fast tier: for float32, of a PConv that has one.
+// Whether the operators on raw weights run the fast tier: in float32, of a PConv that has one, and on enough pixels to
+// be worth transforming its weights.
 bool fast_tier(const Tensor& x, const Tensor& w_partial) {
+  constexpr int64_t kPixels = 4096;
   return x.scalar_type() == ScalarType::Float && w_partial.scalar_type() == ScalarType::Float &&
+         x.size(0) * x.size(2) * x.size(3) >= kPixels &&
          fasternet::packed_fast_size(DType::kFloat32, w_partial.size(0)) > 0;
 }
 
@@ -397,7 +400,7 @@ Tensor patch_conv(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor 
   check_image(x);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0 && weight.size(1) == x.size(1),
                   "fasternet_kernels: weight does not fit x, expected (C_out, ", x.size(1), ", kh, kw)");
-  const Tensor packed = pack({weight}, {scale}, {shift});
+  const Tensor packed = pack({weight}, {scale}, {shift}, false);
   return run_patch_conv(x, weight.scalar_type(), packed, weight.size(0), weight.size(2), weight.size(3), channels_last);
 }
 
@@ -428,7 +431,7 @@ Tensor head(Tensor x, Tensor w_conv, OptionalTensor b_conv, Tensor w_fc, Optiona
   STD_TORCH_CHECK(w_conv.dim() == 4 && w_fc.dim() == 2, "fasternet_kernels: w_conv or w_fc has the wrong rank");
   check_size(w_conv, "w_conv", {w_conv.size(0), x.size(1), 1, 1});
   check_size(w_fc, "w_fc", {w_fc.size(0), w_conv.size(0)});
-  const Tensor packed = pack({w_conv, w_fc}, {std::nullopt, std::nullopt}, {b_conv, b_fc});
+  const Tensor packed = pack({w_conv, w_fc}, {std::nullopt, std::nullopt}, {b_conv, b_fc}, false);
   return run_head(x, w_conv.scalar_type(), packed, w_conv.size(0), w_fc.size(0), act);
 }
 
