@@ -71,7 +71,7 @@ void pack(const Weight& weight, void* packed);  // weight.dtype kFloat64 packs d
 
 // The fast tier: what an operator's `fast` allows in float32 (ignored for other dtypes), where it pays, and what it
 // reads behind the rest of its `packed`: PConv's weight for Winograd's F(2x4, 3x3). A PConv then multiplies a third as
-// often and has a larger rounding error, a few units of the last place more. An infinity or NaN in x may reach
+// often; its rounding error is 2 to 5 times the direct one's. An infinity or NaN in x may reach
 // neighbours two rows and four columns away, and an infinity come out as NaN; finite values, and all rules about bits,
 // are as always.
 int64_t packed_fast_size(DType dtype, int64_t c_partial);  // 0: this PConv has no fast tier, and `fast` does nothing

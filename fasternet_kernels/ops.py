@@ -793,6 +793,7 @@ def pconv3x3(x: Tensor, weight: Tensor, *, fast: bool = False) -> Tensor:
         weight: (C_partial, C_partial, 3, 3), x's dtype and device, 1 <= C_partial <= C.
         fast: allow Winograd's convolution where it pays, in float32 on CPUs and with gradients
             off: a larger rounding error, and an infinity or NaN may reach other pixels nearby.
+            The weights are transformed in the call, which takes many pixels to pay.
 
     Returns:
         (B, C, H, W) of x's dtype in the memory format that x suggests. The convolution has stride
@@ -898,6 +899,7 @@ def pconv_pw(
         act: relu, gelu (erf), gelu_tanh, silu, hardswish or identity.
         fast: allow Winograd's convolution where it pays, in float32 on CPUs and with gradients
             off: a larger rounding error, and an infinity or NaN may reach other pixels nearby.
+            The weights are transformed in the call, which takes many pixels to pay.
 
     Returns:
         (B, C_out, H, W) of x's dtype (autocast's under autocast) in the memory format that x
@@ -949,6 +951,7 @@ def fasternet_block(
             sample.
         fast: allow Winograd's convolution where it pays, in float32 on CPUs and with gradients
             off: a larger rounding error, and an infinity or NaN may reach other pixels nearby.
+            The weights are transformed in the call, which takes many pixels to pay.
 
     Returns:
         (B, C, H, W) of x's dtype in the memory format that x suggests.

@@ -242,9 +242,9 @@ void check_pconv(const Tensor& x, const Tensor& weight) {
 }
 
 // Whether the operators on raw weights run the fast tier: in float32, of a PConv that has one, and on enough pixels to
-// be worth transforming its weights.
+// be worth transforming its weights in the call.
 bool fast_tier(const Tensor& x, const Tensor& w_partial) {
-  constexpr int64_t kPixels = 4096;
+  constexpr int64_t kPixels = 16384;  // a block breaks even at about 6000
   return x.scalar_type() == ScalarType::Float && w_partial.scalar_type() == ScalarType::Float &&
          x.size(0) * x.size(2) * x.size(3) >= kPixels &&
          fasternet::packed_fast_size(DType::kFloat32, w_partial.size(0)) > 0;

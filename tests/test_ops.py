@@ -273,8 +273,8 @@ FAST_CASES = [c for c in STAGES if c.height >= 14 and c.c_partial >= 24] + [
 
 @pytest.mark.parametrize("case", FAST_CASES, ids=lambda c: c.id)
 def test_fast_tier(case):
-    """A whole block, in which the convolution is one of three, is off by less than 2e-6, and by at
-    most 4 times what the default tier is."""
+    """A whole block, in which the convolution is one of three, is within the default tier's own
+    criterion; only special values may stand elsewhere."""
     x, w = image(case), weights(case)
     exact = plain_block(double(x), **double(w), act=case.act)
     args = [w[n] for n in ("w_partial", "w_pw1", "w_pw2")]
@@ -287,14 +287,13 @@ def test_fast_tier(case):
         assert torch.equal(
             fk.fasternet_block(x, **w, act=case.act), default
         )  # a pack for the fast tier does not change the default one
-    error = [float((y.double() - exact).norm() / exact.norm()) for y in (default, fast)]
-    assert error[1] <= min(2e-6, 4 * error[0]), error
+    assert_right(fast, exact, plain_block(x, **w, act=case.act))
     assert torch.equal(fast, default) == (case.c_partial % 8 != 0)
 
 
 def test_fast_functions():
     """On enough pixels the functions transform the weights themselves; gradients never do."""
-    case = Case(4, 128, 56, 56)
+    case = Case(6, 128, 56, 56)
     x, w = image(case), weights(case)
     calls = {
         "pconv3x3": lambda fast: fk.pconv3x3(x, w["w_partial"], fast=fast),

@@ -85,10 +85,6 @@ struct Operation {
   std::vector<Compute<T>> sample_scale;
 };
 
-// Winograd's products are larger than their sum: F(4, 3) with the points 0, 1, -1, 2, -2 multiplies the rounding error
-// of a 3x3 convolution by about 5 (arXiv 1803.10986); the residual and the 1x1 convolutions add none of their own.
-constexpr double kFastFactor = 5;
-
 template <class T, class R = T>
 void test_case(const Case& c) {
   const Operation<T, R> operation(c);
@@ -99,7 +95,7 @@ void test_case(const Case& c) {
   check_properties(name_of<T, R>(c), x, &y, operation);
   check(operation.residual.same_bits(residual_before), name_of<T, R>(c), "the residual changed");
   check_close(name_of<T, R>(c), y, operation.template expected<Exact>(x),
-              operation.template expected<Plain<Compute<T>>>(x), c.fast ? kFastFactor : 2);
+              operation.template expected<Plain<Compute<T>>>(x));
 }
 
 template <class T>
@@ -163,7 +159,8 @@ void test_type() {
   test_non_finite<T>(wide);
 }
 
-// The fast tier: its own error, all rules about bits, and a pack that the default tier reads as ever.
+// The fast tier: a block's error is within the same criterion, all rules about bits hold, and its pack is one that the
+// default tier reads as ever.
 void test_fast() {
   for (int64_t channels : {32, 96, 128, 160}) {  // 8, 24, 32 and 40 convolved ones, the first without a fast tier
     for (const Shape& shape : {Shape{1, 14, 14, channels}, Shape{2, 17, 15, channels}, Shape{3, 28, 14, channels},

@@ -520,10 +520,10 @@ inline Error error_of(const std::vector<double>& result, const std::vector<doubl
 
 // The result is right if its L2 error and its largest error are each at most twice those of the plain loop (rounded to
 // storage at the end, as the result is), plus one ulp of the largest value; in double, 1e-13 relative to the exact
-// result. The fast tier is allowed more: `factor` times the plain loop's errors in place of twice.
+// result.
 template <class T, class Real>
 void check_close(const std::string& name, const Tensor<T>& result, const std::vector<double>& exact,
-                 const std::vector<Real>& plain, double factor = 2) {
+                 const std::vector<Real>& plain) {
   const std::vector<double> values = result.template dense<double>();
   if (!check(values.size() == exact.size() && plain.size() == exact.size(), name, "sizes differ")) return;
   double largest = 0, norm = 0;
@@ -536,7 +536,7 @@ void check_close(const std::string& name, const Tensor<T>& result, const std::ve
     std::vector<double> stored;
     for (Real value : plain) stored.push_back(to_double(round_to<T>(static_cast<double>(value))));
     const Error normal = error_of(stored, exact);
-    bound = {factor * normal.norm + ulp<T>(largest), factor * normal.largest + ulp<T>(largest)};
+    bound = {2 * normal.norm + ulp<T>(largest), 2 * normal.largest + ulp<T>(largest)};
   }
   const Error error = error_of(values, exact);
   char text[256];
