@@ -380,11 +380,17 @@ void gemm(const Gemm<T>& g) {
       const T* next = same_pass || !last ? g.b->panel(next_n) + next_k * g.b->lanes(next_n) : g.next;
       const int64_t next_panel = same_pass || !last ? g.b->panel_stride() : g.next_panel;
       const int64_t lines = (k1 - k0) / kUnroll * kPrefetchLines, per_panel = ceil_div(k1 - k0, lines + 1);
+      int64_t panel = next ? 0 : FASTERNET_PANELS, part = 0;  // what the next row group fetches
+      if (next && g.n_groups < per_panel * FASTERNET_PANELS) {
+        for (; panel < FASTERNET_PANELS; ++panel) {
+          for (int64_t k = 0; k < k1 - k0; ++k) __builtin_prefetch(next + panel * next_panel + k * kWidth, 0, 2);
+        }
+      }
       for (int64_t i = 0; i < g.n_groups; ++i) {
         const RowGroup<T>& group = g.groups[i];
-        const int64_t panel = i / per_panel;
         m.prefetch = reinterpret_cast<const char*>(
-            next && panel < FASTERNET_PANELS ? next + panel * next_panel + i % per_panel * lines * kWidth : m.b);
+            panel < FASTERNET_PANELS ? next + panel * next_panel + part * lines * kWidth : m.b);
+        if (++part == per_panel) part = 0, ++panel;
         for (int s = 0; s < m.n_segments; ++s) {
           const T* const a = group.a[source[s]];
           m.a[s] = a ? a + offset[s] : nullptr;
@@ -938,6 +944,22 @@ void block_as(const Block& args, const ParallelFor& parallel) {
 
 // ---- Patch convolution ----------------------------------------------------------------------------------------------
 
+// One kernel row of `columns` patches, the first at `source`: patches[column][dx][channel], `depth` from patch to
+// patch. kWidth and kChannels are width and channels where they are known to the compiler (FasterNet's stem), else 0.
+template <int kWidth, int kChannels, class S, class T>
+void load_patch_rows(const S* source, const Image<S>& x, int64_t columns, int64_t width, int64_t channels,
+                     int64_t depth, T* patches) {
+  if (kWidth) width = kWidth;
+  if (kChannels) channels = kChannels;
+  for (int64_t column = 0; column < columns; ++column, patches += depth) {
+    FASTERNET_UNROLL
+    for (int64_t dx = 0; dx < width; ++dx, source += x.pixel_stride) {
+      FASTERNET_UNROLL
+      for (int64_t c = 0; c < channels; ++c) patches[dx * channels + c] = to_compute(source[c * x.channel_stride]);
+    }
+  }
+}
+
 template <class S, class T>
 void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
   const Image<S> x = image<S>(args.x, args.x_stride);
@@ -980,18 +1002,15 @@ void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
         }
       }
       if (!in_runs) {
+        const bool stem = args.kw == 4 && args.channels == 3;
         for (int64_t row = t.row0; row < t.row1; ++row) {
-          T* const first = patches + (row - t.row0) * columns * depth;
-          for (int64_t c = 0; c < args.channels; ++c) {
-            for (int64_t dy = 0; dy < args.kh; ++dy) {
-              const S* source =
-                  x.at(row / out_height, row % out_height * args.kh + dy, t.column0 * args.kw) + c * x.channel_stride;
-              T* patch = first + dy * run + c;
-              for (int64_t column = 0; column < columns; ++column, patch += depth) {
-                for (int64_t dx = 0; dx < args.kw; ++dx, source += x.pixel_stride) {
-                  patch[dx * args.channels] = to_compute(*source);
-                }
-              }
+          for (int64_t dy = 0; dy < args.kh; ++dy) {
+            const S* source = x.at(row / out_height, row % out_height * args.kh + dy, t.column0 * args.kw);
+            T* const first = patches + (row - t.row0) * columns * depth + dy * run;
+            if (stem) {
+              load_patch_rows<4, 3>(source, x, columns, 4, 3, depth, first);
+            } else {
+              load_patch_rows<0, 0>(source, x, columns, args.kw, args.channels, depth, first);
             }
           }
         }
