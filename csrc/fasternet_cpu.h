@@ -33,7 +33,8 @@ const char* isa_name(Isa isa);
 
 std::vector<Isa> available_isas();  // those compiled in that this processor runs, slowest first
 // The one in use: the fastest available, or what the environment variable FASTERNET_KERNELS_ISA names (generic, avx2,
-// avx512, neon), chosen once. Throws std::runtime_error if that is unknown or not available; the next call then looks again.
+// avx512, neon), chosen once. Throws std::runtime_error if that is unknown or not available; the next call then looks
+// again.
 Isa selected_isa();
 std::string compiler();  // name and version of the compiler that built the kernels
 

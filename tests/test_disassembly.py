@@ -29,7 +29,7 @@ class Machine:
     """How one processor family writes things down."""
 
     jump: str  # a jump to a label of the same function; group 1 is its address
-    frame: str | None  # the instruction that makes a frame pointer, if functions may have one
+    frame: str  # the instruction that makes a frame pointer, in functions that have one
     frame_pointer: str
     stack_pointer: str
 
@@ -51,11 +51,11 @@ class Isa:
     registers: int
 
     def fma(self, scalar, vector_bytes):
-        """Pattern of an FMA on whole vectors; group 1 is the accumulator."""
+        """Pattern of an FMA on whole vectors."""
         if self.machine is ARM:
-            return rf"fmla\s+(v\d+)\.{'4s' if scalar == 'float' else '2d'},"
+            return rf"fmla\s+v\d+\.{'4s' if scalar == 'float' else '2d'},"
         register = {16: "xmm", 32: "ymm", 64: "zmm"}[vector_bytes]
-        return rf"vfmadd(?:132|213|231)p{SUFFIX[scalar]}\s+({register}\d+),"
+        return rf"vfmadd(?:132|213|231)p{SUFFIX[scalar]}\s+{register}\d+,"
 
 
 ISAS = {"avx2": Isa(X86, 32, 16), "avx512": Isa(X86, 64, 32), "neon": Isa(ARM, 16, 32)}
@@ -117,20 +117,28 @@ def faults(kernel, isa):
     pattern = isa.fma(kernel.scalar, kernel.vector_bytes)
     has_frame = kernel.has_frame(isa.machine)
     found = []
-    computing = 0
+    computing = []  # the loops that do the work, each with its number of FMAs
     for loop in kernel.inner_loops(isa.machine):
-        targets = [match[1] for text in loop if (match := re.match(pattern, text))]
-        if not targets:
-            if any(re.match(r"v?fm(?:add|la)", text) for text in loop):
-                found.append(f"FMAs that are not {pattern}")
-            continue
-        computing += 1
-        if len(targets) % kernel.accumulators:
-            found.append(f"{len(targets)} FMAs, no multiple of {kernel.accumulators} accumulators")
-        if stack := [text for text in loop if isa.machine.touches_stack(text, has_frame)]:
-            found.append(f"{len(stack)} of {len(loop)} instructions use the stack: {stack[0]}")
+        fmas = sum(bool(re.match(pattern, text)) for text in loop)
+        if fmas:
+            computing.append((fmas, loop))
+        if fmas % kernel.accumulators:
+            found.append(f"{fmas} FMAs, no multiple of {kernel.accumulators} accumulators")
+        if not fmas and any(re.match(r"v?fm(?:add|la)", text) for text in loop):
+            found.append(f"FMAs that are not {pattern}")
     if not computing:
-        found.append("no loop of vector FMAs")
+        return [*found, "no loop of vector FMAs"]
+    # What is left over by an unrolled main loop may reload a pointer, but no accumulator.
+    main = max(computing, key=lambda pair: pair[0])[1]
+    for _, loop in computing:
+        stack = [
+            text
+            for text in loop
+            if isa.machine.touches_stack(text, has_frame)
+            and (loop is main or re.search(r"\b[xyz]mm\d|\b[vqd]\d", text))
+        ]
+        if stack:
+            found.append(f"{len(stack)} of {len(loop)} instructions use the stack: {stack[0]}")
     return found
 
 
