@@ -23,7 +23,7 @@ namespace fasternet {
 // double.
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2 };
 enum class Act : int { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4, kHardswish = 5 };
-enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
 
 // Parses "relu", "gelu", "gelu_tanh", "silu", "hardswish", "identity". Throws std::invalid_argument.
 Act parse_act(const std::string& name);
@@ -33,7 +33,8 @@ const char* isa_name(Isa isa);
 
 std::vector<Isa> available_isas();  // those compiled in that this processor runs, slowest first
 // The one in use: the fastest available, or what the environment variable FASTERNET_KERNELS_ISA names (generic, avx2,
-// avx512), chosen once. Throws std::runtime_error if that is unknown or not available; the next call then looks again.
+// avx512, neon), chosen once. Throws std::runtime_error if that is unknown or not available; the next call then looks
+// again.
 Isa selected_isa();
 std::string compiler();  // name and version of the compiler that built the kernels
 

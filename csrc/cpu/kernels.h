@@ -21,6 +21,9 @@ extern const Kernels kKernelsGeneric;
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
 #endif
+#ifdef FASTERNET_HAVE_NEON
+extern const Kernels kKernelsNeon;
+#endif
 const Kernels& kernels();  // those of selected_isa()
 
 // Width of a panel of packed weights: one cache line. A last panel may be half as wide.

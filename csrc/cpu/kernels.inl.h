@@ -41,6 +41,11 @@ constexpr int kMaxSegments = 4;
 constexpr int kUnroll = 4;  // steps of K per turn of the inner loop
 constexpr int kPrefetchLines = 2;
 constexpr int kMaxRows = FASTERNET_ROWS;
+#ifdef FASTERNET_FMA_BY_LANE
+constexpr bool kFmaByLane = true;
+#else
+constexpr bool kFmaByLane = false;
+#endif
 constexpr int kVectorsPerPanel = kPanelBytes / FASTERNET_VECTOR_BYTES;
 
 inline int64_t clip(int64_t a, int64_t limit) { return a < limit ? a : limit; }
@@ -119,6 +124,30 @@ inline __attribute__((always_inline)) void multiply_add(V& acc, const V& w, cons
 #endif
 }
 
+// kLanes steps of K where an FMA can multiply by one lane of a register: one load brings kLanes values of a row.
+template <class V, class T, int kVecsPerPanel, int kRows, int kVecs, int kBases>
+inline __attribute__((always_inline)) void steps_by_lane(V (&acc)[kRows][kVecs], const char* const (&base)[kBases],
+                                                         int64_t stride, const T* b, int64_t b_panel) {
+  constexpr int kLanes = sizeof(V) / sizeof(T);
+  V a[kRows];
+  FASTERNET_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    a[r] = load<V>(base[r / 3] + (r % 3) * stride);
+#ifdef FASTERNET_FMA_BY_LANE
+    asm("" : "+w"(a[r]));  // stay a vector: GCC would load its lanes one by one
+#endif
+  }
+  FASTERNET_UNROLL
+  for (int lane = 0; lane < kLanes; ++lane, b += kVecsPerPanel * kLanes) {
+    FASTERNET_UNROLL
+    for (int j = 0; j < kVecs; ++j) {
+      const V w = load<V>(b + (j / kVecsPerPanel) * b_panel + (j % kVecsPerPanel) * kLanes);
+      FASTERNET_UNROLL
+      for (int r = 0; r < kRows; ++r) acc[r][j] += w * a[r][lane];
+    }
+  }
+}
+
 template <class T, int kBytes, int kRows, int kVecs, int kVecsPerPanel>
 void micro(const Micro<T>& m) {
   using V = typename VecOf<T, kBytes>::type;
@@ -166,8 +195,13 @@ void micro(const Micro<T>& m) {
       FASTERNET_UNROLL
       for (int i = 0; i < kPrefetchLines; ++i) __builtin_prefetch(prefetch + i * kPanelBytes, 0, 2);
       prefetch += kPrefetchLines * kPanelBytes;
-      FASTERNET_UNROLL
-      for (int u = 0; u < kUnroll; ++u) step(u);
+      // Not in double, whose two lanes save too little to be worth the registers.
+      if constexpr (kFmaByLane && kLanes == kUnroll) {
+        steps_by_lane<V, T, kVecsPerPanel>(acc, base, stride, b, b_panel);
+      } else {
+        FASTERNET_UNROLL
+        for (int u = 0; u < kUnroll; ++u) step(u);
+      }
       advance(kUnroll);
     }
     for (; k > 0; --k) {
