@@ -28,7 +28,6 @@ from .modules import (
     FusedPatchConv,
     PackingModule,
     PConv,
-    Sources,
     act_name,
     autocast_dtype,
     hooked,
@@ -36,8 +35,10 @@ from .modules import (
     uses_batch_statistics,
 )
 from .reference import ACTS, BLOCK, HEAD, PATCH_CONV, compute_dtype
+from .watch import Watch
 
 _ops = torch.ops.fasternet_kernels
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _FUSED_TRAINING = [kind for kind in ("cpu", "cuda") if library.has_kernel("pw_stats", kind)]
 _TOLERANCE = 1e-10  # relative, in float64: what differs by more computes something else
 
@@ -588,7 +589,8 @@ class SwappedNetwork(_Swapped):
         fits = x.shape[1] == weight.shape[1] and x.device == weight.device
         if not fits or not _large_enough(x, plan[1]) or (cast is None and x.dtype != weight.dtype):
             return self.original(x)  # whose modules say what is wrong
-        (logits,) = _ops.network(x if cast is None else x.to(cast), *plan)
+        with _BelowAutograd():  # no gradients are wanted, and its kernel in Python takes its time
+            (logits,) = _ops.network.default(x if cast is None else x.to(cast), *plan)
         return logits
 
     def drop_pack(self) -> None:
@@ -612,7 +614,7 @@ class _Network:
         others = [m for m in model.modules() if id(m) not in inside]
         self.outside = [(m, tuple(m._modules.values())) for m in others]
         self.settings = [s for m in others for s in _settings(m)]
-        self.kept: tuple[_Snapshot, list[Tensor], list[int]] | None = None
+        self.kept: tuple[Watch, list[Tensor], list[int]] | None = None
 
     def __getstate__(self):
         return {**self.__dict__, "kept": None}
@@ -631,11 +633,12 @@ class _Network:
     def plan(self) -> tuple[list[Tensor], list[int]] | None:
         """(packs, plan) for the network op, or None if a part cannot take part now."""
         kept = self.kept
-        if kept is not None and kept[0].current(self.steps):
+        if kept is not None and kept[0].holds():
             return kept[1:]
         self.kept = None
-        snapshot = _Snapshot(self.model)
-        if snapshot.training() or snapshot.has_hooks() or not self.intact():
+        watch = Watch(self.model)
+        training = any(m.training for m in self.model.modules())
+        if training or watch.hooked() or not self.intact():
             return None
         packs, plan = [], []
         for step in self.steps:
@@ -662,72 +665,9 @@ class _Network:
             shifts = [None if b is None else b.to(dtype) for b in (conv.bias, fc.bias)]
             packs.append(_ops.pack([conv.weight, fc.weight], [None, None], shifts))
         plan += [HEAD, conv.out_channels, fc.out_features, 0, ACTS.index(self.act)]
-        snapshot.watch(self.steps)
-        self.kept = (snapshot, packs, plan)
+        watch.add_packs(self.steps)
+        self.kept = (watch, packs, plan)
         return packs, plan
-
-
-class _Snapshot:
-    """Everything that a plan of packed weights depends on, in a form that is quick to compare."""
-
-    def __init__(self, model: nn.Module):
-        modules = list(model.modules())
-        self.modules = modules
-        self.children = [(m, m._modules, tuple(m._modules.values())) for m in modules]
-        self.hooks = [
-            hooks
-            for m in modules
-            if m is not model  # the model's own hooks run around its forward
-            for hooks in (m._forward_hooks, m._forward_pre_hooks)
-        ]
-        module = torch.nn.modules.module
-        self.hooks += [module._global_forward_hooks, module._global_forward_pre_hooks]
-        self.slots = [
-            (slots, name)
-            for m in modules
-            for slots in (m._parameters, m._buffers)
-            for name in slots
-        ]
-        self.norms = [m for m in modules if isinstance(m, NORMS)]
-        self.settings = [s for m in modules for s in _settings(m)]
-        self.sources = Sources(self.tensors(), self.constants())
-        self.packs: list[tuple | None] = []
-
-    def watch(self, steps: list[PackingModule]) -> None:
-        """The plan holds only as long as the steps keep the packs that it was made of."""
-        self.packs = [step._pack for step in steps]
-
-    def tensors(self) -> list[Tensor | None]:
-        return [slots[name] for slots, name in self.slots]
-
-    def constants(self) -> tuple:
-        return tuple(m.eps for m in self.norms)
-
-    def training(self) -> bool:
-        return any(m.training for m in self.modules)
-
-    def has_hooks(self) -> bool:
-        return any(self.hooks)
-
-    def current(self, steps: list[PackingModule]) -> bool:
-        """Whether nothing has changed since, as far as can be told."""
-        if any(self.hooks):
-            return False
-        for step, pack in zip(steps, self.packs):
-            if pack is None or step._pack is not pack:
-                return False
-        for m, modules, children in self.children:
-            if m.training or len(modules) != len(children):
-                return False
-            for a, b in zip(modules.values(), children):
-                if a is not b:
-                    return False
-        if not _unchanged(self.settings):
-            return False
-        try:
-            return self.sources.current(self.tensors(), self.constants())
-        except KeyError:  # a parameter or buffer is gone
-            return False
 
 
 def _large_enough(x: Tensor, plan: list[int]) -> bool:

@@ -22,6 +22,7 @@
 
 #include "fasternet_cpu.h"
 #include "thread_pool.h"
+#include "unchanged.h"
 
 // The version of the package; the build defines it.
 #ifndef FASTERNET_KERNELS_VERSION
@@ -614,6 +615,13 @@ use. Results do not depend on it.)");
 --
 
 The number of threads a call uses.)");
+
+  // Not through pybind11, whose dispatch and conversion of arguments would take as long as the function.
+  static PyMethodDef functions[] = {
+      {"_unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&unchanged)), METH_FASTCALL,
+       "Whether Python objects are still what they were; for fasternet_kernels/watch.py."},
+      {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 
   const py::module_ os = py::module_::import("os");
   if (py::hasattr(os, "register_at_fork")) {
