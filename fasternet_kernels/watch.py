@@ -11,6 +11,8 @@ that module was not built, the same loop in Python takes ten times as long.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import nn
 
@@ -21,14 +23,29 @@ try:
 except ImportError:
     _unchanged = None
 
-_ABSENT = object()
-_VERSION = torch._C.TensorBase._version
-_ADDRESS = torch._C.TensorBase.data_ptr
-_GLOBALS = vars(torch.nn.modules.module)
-_GLOBAL_HOOKS = (_GLOBALS, "_global_forward_hooks", _GLOBALS, "_global_forward_pre_hooks")
 
-# Modules whose forward is known: the attributes that it reads, and where else it looks. Of all others
-# everything is watched.
+# What may be expected of an attribute, besides a value. Classes, because a copy of a class is the
+# class itself.
+class _Absent:
+    """That there is none."""
+
+
+class _Empty:
+    """An empty dict."""
+
+
+class _Contents(dict):
+    """A dict that holds the same."""
+
+
+_ARGUMENTS = (
+    *(_Absent, _Empty, _Contents),
+    *(torch._C.TensorBase._version, torch._C.TensorBase.data_ptr),
+)
+_GLOBALS = vars(torch.nn.modules.module)
+
+# Modules whose forward is known: the attributes that it reads, and where else it looks. Of all
+# others everything is watched.
 _CONV = ("stride", "padding", "dilation", "groups", "padding_mode")
 _NORM = ("training", "eps")
 _KNOWN = {
@@ -75,9 +92,9 @@ def _copy(value):
     return set(value) if type(value) is set else value
 
 
-def _attributes(m: nn.Module) -> list[tuple[str, object]]:
+def attributes(m: nn.Module) -> list[tuple[str, object]]:
     """(name, value) of what a forward may read in a module's ``__dict__``, besides its children and
-    tensors; the value is _ABSENT where it would be found in the class."""
+    tensors; the value is _Absent where it would be found in the class."""
     own = vars(m)
     if type(m) in _KNOWN:
         names = {*_KNOWN[type(m)], "forward"}
@@ -85,8 +102,17 @@ def _attributes(m: nn.Module) -> list[tuple[str, object]]:
         names = {"forward"} | (own.keys() - _UNREAD)
         for level in type(m).__mro__[: type(m).__mro__.index(nn.Module)]:
             names |= {k for k, v in vars(level).items() if _is_plain(v) and k[:2] != "__"} - _UNREAD
-    values = ((name, own.get(name, _ABSENT)) for name in names)
+    values = ((name, own.get(name, _Absent)) for name in names)
     return [(name, _copy(value) if _is_plain(value) else value) for name, value in values]
+
+
+def has(m: nn.Module, name: str, value) -> bool:
+    """Whether a module still has what :func:`attributes` said."""
+    now = vars(m).get(name, _Absent)
+    try:
+        return now is value or (type(now) is type(value) and bool(now == value))
+    except Exception:  # arrays and tensors, for which == is no question of yes or no
+        return False
 
 
 class Watch:
@@ -97,19 +123,22 @@ class Watch:
     """
 
     def __init__(self, model: nn.Module):
-        modules, items, hooks, contents, tensors = [], [], list(_GLOBAL_HOOKS), [], []
-        for m in model.modules():
+        modules, tensors = [], []
+        self.hooks = [(_GLOBALS, "_global_forward_hooks"), (_GLOBALS, "_global_forward_pre_hooks")]
+        checks = [x for own, name in self.hooks for x in (own, name, _Empty)]
+        for m in model.modules():  # all of one module together: its dict is in the cache then
             own = vars(m)
             modules += m, type(m), own
-            for name, value in _attributes(m):
-                items += own, name, value
+            for name, value in attributes(m):
+                checks += own, name, value
             if m is not model:  # whose hooks run around its forward
-                hooks += own, "_forward_hooks", own, "_forward_pre_hooks"
+                for name in ("_forward_hooks", "_forward_pre_hooks"):
+                    self.hooks.append((own, name))
+                    checks += own, name, _Empty
             for name in _CONTENTS.get(type(m), () if type(m) in _KNOWN else _ALL_CONTENTS):
-                contents += own, name, dict(own[name])
+                checks += own, name, _Contents(own[name])
                 if name != "_modules":
                     tensors += [t for t in own[name].values() if t is not None]
-        self.hooks = hooks
         self.optimizer_steps = _modules.optimizer_steps()
         try:
             versions = [x for t in tensors for x in (t, t._version, t.data_ptr())]
@@ -117,18 +146,17 @@ class Watch:
         except RuntimeError:  # inference tensors do not count their versions: nothing can be told
             self.seen = None
         else:
-            lists = (modules, items, hooks, contents, versions)
-            self.seen = (*map(tuple, lists), _ABSENT, _VERSION, _ADDRESS)
+            self.seen = (*map(tuple, (modules, checks, versions)), *_ARGUMENTS)
 
     def hooked(self) -> bool:
         """Whether calling a module of the model does more than its forward."""
-        return any(own[name] for own, name in zip(*[iter(self.hooks)] * 2))
+        return any(own[name] for own, name in self.hooks)
 
     def add_packs(self, modules: list[nn.Module]) -> None:
         """From now on, these modules must also keep the packs that they have."""
         if self.seen is not None:
-            items = [x for m in modules for x in (vars(m), "_pack", vars(m).get("_pack"))]
-            self.seen = (self.seen[0], (*items, *self.seen[1]), *self.seen[2:])
+            checks = [x for m in modules for x in (vars(m), "_pack", vars(m).get("_pack"))]
+            self.seen = (self.seen[0], (*checks, *self.seen[1]), *self.seen[2:])
 
     def holds(self) -> bool:
         """Whether nothing has changed since, as far as can be told, and nothing is hooked in."""
@@ -140,35 +168,33 @@ class Watch:
             return False
 
 
-def python_unchanged(modules, items, hooks, contents, tensors, absent, version, address) -> bool:
+def python_unchanged(modules, checks, tensors, absent, empty, contents, version, address) -> bool:
     """What ``fasternet_runtime._unchanged`` does.
 
-    The arguments are flat tuples: (object, its class, its ``__dict__``)..., (dict, key, value or
-    ``absent``)..., (dict, key of an empty dict)..., (dict, key of a dict, copy of that)...,
-    (tensor, its version, its address)...
+    Three flat tuples: (module, its class, its ``__dict__``)...; (dict, key, expected value)...;
+    (tensor, its version, its address).... A value is expected to be the same object, or equal and
+    of the same class; ``absent``: no such key; ``empty``: an empty dict; of class ``contents``: a
+    dict of the same objects under the same keys in the same order.
     """
 
-    def groups(values, n):
-        return zip(*[iter(values)] * n)
+    def triples(values):
+        return zip(*[iter(values)] * 3)
 
-    for m, cls, own in groups(modules, 3):
+    for m, cls, own in triples(modules):
         if type(m) is not cls or vars(m) is not own:
             return False
-    for own, name, value in groups(items, 3):
+    for own, name, expected in triples(checks):
         now = own.get(name, absent)
-        if now is not value and (type(now) is not type(value) or now != value):
+        if expected is empty:
+            same = now is not absent and not now
+        elif type(expected) is contents:
+            same = now is not absent and list(now) == list(expected)
+            same = same and all(map(operator.is_, now.values(), expected.values()))
+        else:
+            same = now is expected or (type(now) is type(expected) and now == expected)
+        if not same:
             return False
-    for own, name in groups(hooks, 2):
-        if own.get(name, True):
-            return False
-    for own, name, copy in groups(contents, 3):
-        now = own.get(name)
-        if now is None or list(now) != list(copy):
-            return False
-        for a, b in zip(now.values(), copy.values()):
-            if a is not b:
-                return False
-    for t, seen_version, seen_address in groups(tensors, 3):
+    for t, seen_version, seen_address in triples(tensors):
         if t._version != seen_version or t.data_ptr() != seen_address:
             return False
     return True

@@ -5,6 +5,8 @@
 
 #include <Python.h>
 
+#include <initializer_list>
+
 namespace fasternet {
 
 // A reference that is given back at the end.
@@ -20,7 +22,8 @@ class Owned {
   PyObject* object_;
 };
 
-// The functions below return 1 for yes, 0 for no, -1 with a Python exception set.
+// The functions below return 1 for yes, 0 for no, -1 with a Python exception set. What `unchanged` takes is said where
+// it is called, in python_unchanged of fasternet_kernels/watch.py.
 
 // Whether dict[name] is `value`, or equal and of the same type; `absent` stands for no such key.
 inline int same_item(PyObject* dict, PyObject* name, PyObject* value, PyObject* absent) {
@@ -64,42 +67,41 @@ inline int same_number(PyObject* number, PyObject* expected) {
 
 inline PyObject* unchanged(PyObject*, PyObject* const* args, Py_ssize_t n_args) {
   if (n_args != 8) return PyErr_Format(PyExc_TypeError, "_unchanged takes 8 arguments, %zd given", n_args);
-  PyObject *const modules = args[0], *const items = args[1], *const hooks = args[2], *const contents = args[3];
-  PyObject *const tensors = args[4], *const absent = args[5], *const version = args[6], *const address = args[7];
+  PyObject *const modules = args[0], *const checks = args[1], *const tensors = args[2];
+  PyObject *const absent = args[3], *const empty = args[4], *const contents = args[5];
+  PyObject *const version = args[6], *const address = args[7];
   const descrgetfunc get_version = Py_TYPE(version)->tp_descr_get;
-  const Py_ssize_t group[] = {3, 3, 2, 3, 3};
-  for (int i = 0; i < 5; ++i) {
-    if (!PyTuple_Check(args[i]) || PyTuple_GET_SIZE(args[i]) % group[i] != 0 || get_version == nullptr) {
-      return PyErr_Format(PyExc_TypeError, "_unchanged: argument %d is not what it must be", i);
+  for (PyObject* triples : {modules, checks, tensors}) {
+    if (!PyTuple_Check(triples) || PyTuple_GET_SIZE(triples) % 3 != 0 || get_version == nullptr) {
+      return PyErr_Format(PyExc_TypeError, "_unchanged: expected tuples of triples, and a descriptor");
     }
   }
-  const auto at = [](PyObject* tuple, Py_ssize_t i) { return PyTuple_GET_ITEM(tuple, i); };
-  const auto is_dict = [](PyObject* object) {
-    if (PyDict_Check(object)) return true;
-    PyErr_SetString(PyExc_TypeError, "_unchanged: expected a dict");
-    return false;
-  };
   int same = 1;
   for (Py_ssize_t i = 0; same == 1 && i < PyTuple_GET_SIZE(modules); i += 3) {
-    same = reinterpret_cast<PyObject*>(Py_TYPE(at(modules, i))) == at(modules, i + 1);
+    PyObject* const module = PyTuple_GET_ITEM(modules, i);
+    same = reinterpret_cast<PyObject*>(Py_TYPE(module)) == PyTuple_GET_ITEM(modules, i + 1);
     if (same != 1) break;
-    const Owned dict(PyObject_GenericGetDict(at(modules, i), nullptr));
-    same = dict.get() == nullptr ? -1 : dict.get() == at(modules, i + 2);
+    const Owned dict(PyObject_GenericGetDict(module, nullptr));
+    same = dict.get() == nullptr ? -1 : dict.get() == PyTuple_GET_ITEM(modules, i + 2);
   }
-  for (Py_ssize_t i = 0; same == 1 && i < PyTuple_GET_SIZE(items); i += 3) {
-    same = is_dict(at(items, i)) ? same_item(at(items, i), at(items, i + 1), at(items, i + 2), absent) : -1;
-  }
-  for (Py_ssize_t i = 0; same == 1 && i < PyTuple_GET_SIZE(hooks); i += 2) {
-    same = is_dict(at(hooks, i)) ? empty_item(at(hooks, i), at(hooks, i + 1)) : -1;
-  }
-  for (Py_ssize_t i = 0; same == 1 && i < PyTuple_GET_SIZE(contents); i += 3) {
-    const bool dicts = is_dict(at(contents, i)) && is_dict(at(contents, i + 2));
-    same = dicts ? same_contents(at(contents, i), at(contents, i + 1), at(contents, i + 2)) : -1;
+  for (Py_ssize_t i = 0; same == 1 && i < PyTuple_GET_SIZE(checks); i += 3) {
+    PyObject *const dict = PyTuple_GET_ITEM(checks, i), *const name = PyTuple_GET_ITEM(checks, i + 1);
+    PyObject* const expected = PyTuple_GET_ITEM(checks, i + 2);
+    if (!PyDict_Check(dict)) return PyErr_Format(PyExc_TypeError, "_unchanged: expected a dict");
+    if (expected == empty) {
+      same = empty_item(dict, name);
+    } else if (reinterpret_cast<PyObject*>(Py_TYPE(expected)) == contents && PyDict_Check(expected)) {
+      same = same_contents(dict, name, expected);
+    } else {
+      same = same_item(dict, name, expected, absent);
+    }
   }
   for (Py_ssize_t i = 0; same == 1 && i < PyTuple_GET_SIZE(tensors); i += 3) {
-    PyObject* const tensor = at(tensors, i);
-    same = same_number(get_version(version, tensor, reinterpret_cast<PyObject*>(Py_TYPE(tensor))), at(tensors, i + 1));
-    if (same == 1) same = same_number(PyObject_Vectorcall(address, &tensor, 1, nullptr), at(tensors, i + 2));
+    PyObject* const tensor = PyTuple_GET_ITEM(tensors, i);
+    PyObject* const cls = reinterpret_cast<PyObject*>(Py_TYPE(tensor));
+    same = same_number(get_version(version, tensor, cls), PyTuple_GET_ITEM(tensors, i + 1));
+    if (same != 1) break;
+    same = same_number(PyObject_Vectorcall(address, &tensor, 1, nullptr), PyTuple_GET_ITEM(tensors, i + 2));
   }
   if (same < 0) return nullptr;
   return PyBool_FromLong(same);
