@@ -725,6 +725,11 @@ class _Network:
         return plan
 
 
+def network_of(model: nn.Module) -> _Network | None:
+    """The chain that ``model`` was recognised as, None if it runs module by module."""
+    return model.__dict__.get(_NETWORK)
+
+
 def _as_list(outputs) -> list:
     return list(outputs) if type(outputs) in (list, tuple) else [outputs]
 
