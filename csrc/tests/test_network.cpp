@@ -8,14 +8,15 @@
 // Scratch is the only memory that asks for an alignment: these count it, and all other memory apart.
 std::atomic<int> allocations{0}, alive{0}, other_allocations{0};
 
-void* operator new(std::size_t bytes) {
+// Not inlined, or GCC takes free() of what new gave for a mistake.
+__attribute__((noinline)) void* operator new(std::size_t bytes) {
   void* const p = std::malloc(bytes > 0 ? bytes : 1);
   if (p == nullptr) throw std::bad_alloc();
   ++other_allocations;
   return p;
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+__attribute__((noinline)) void operator delete(void* p) noexcept { std::free(p); }
+__attribute__((noinline)) void operator delete(void* p, std::size_t) noexcept { ::operator delete(p); }
 
 void* operator new(std::size_t bytes, std::align_val_t alignment) {
   const std::size_t line = static_cast<std::size_t>(alignment);
