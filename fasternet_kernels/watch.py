@@ -84,11 +84,15 @@ def _is_plain(value) -> bool:
 
 
 def _copy(value):
-    """A plain value, where it can be edited a copy: equal until then, but not the same object."""
-    if type(value) in (list, tuple):
-        return type(value)(map(_copy, value))
+    """A plain value, and a copy of what can be edited: equal until then, but not the same object,
+    which is slower to compare."""
+    if type(value) is list:
+        return list(map(_copy, value))
     if type(value) is dict:
         return {k: _copy(v) for k, v in value.items()}
+    if type(value) is tuple:
+        items = tuple(map(_copy, value))
+        return value if all(map(operator.is_, items, value)) else items
     return set(value) if type(value) is set else value
 
 
@@ -136,7 +140,7 @@ class Watch:
                     self.hooks.append((own, name))
                     checks += own, name, _Empty
             for name in _CONTENTS.get(type(m), () if type(m) in _KNOWN else _ALL_CONTENTS):
-                checks += own, name, _Contents(own[name])
+                checks += own, name, _Contents(own[name]) or _Empty
                 if name != "_modules":
                     tensors += [t for t in own[name].values() if t is not None]
         self.optimizer_steps = _modules.optimizer_steps()
