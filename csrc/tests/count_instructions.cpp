@@ -70,7 +70,7 @@ class Kernels {
       packs_.emplace_back(std::vector<const Filter<float>*>{&patch});
       steps_.push_back({Kind::kPatchConv, patch.n, patch.kh, patch.kw, Act::kIdentity, packs_.back().data()});
       for (const BlockFilters& b : net.blocks[stage]) {
-        packs_.emplace_back(std::vector<const Filter<float>*>{&b.partial, &b.expand, &b.project});
+        packs_.emplace_back(std::vector<const Filter<float>*>{&b.partial, &b.expand, &b.project}, First::kPConv);
         steps_.push_back({Kind::kBlock, b.partial.n, b.expand.n, 0, Act::kGelu, packs_.back().data()});
       }
     }
