@@ -1,6 +1,6 @@
 // One forward of FasterNet-T0 (batch 1, 224x224, float, random weights), made to be counted: as a network plan on the
-// kernels of the instruction set in FASTERNET_KERNELS_ISA, and as plain loops. Not a test; count_instructions.py runs
-// it under an emulator that counts.
+// kernels of the instruction set in FASTERNET_KERNELS_ISA, and as plain loops. count_instructions.py runs it
+// under an emulator that counts; as a test, it compares them.
 //
 //   count_instructions check             all ways give the right logits (exits with 1 if not)
 //   count_instructions multiply_adds     prints those of one forward
