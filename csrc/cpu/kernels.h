@@ -14,6 +14,11 @@ struct Kernels {
   void (*block)(const Block&, const ParallelFor&);
   void (*patch_conv)(const PatchConv&, const ParallelFor&);
   void (*head)(const Head&, const ParallelFor&);
+  void (*pw_stats)(const PwStats&, const ParallelFor&);
+  void (*pw_stats_backward)(const PwStatsBackward&, const ParallelFor&);
+  void (*bn_act)(const BnAct&, const ParallelFor&);
+  void (*act_pw_residual)(const ActPwResidual&, const ParallelFor&);
+  void (*act_pw_residual_backward)(const ActPwResidualBackward&, const ParallelFor&);
 };
 extern const Kernels kKernelsGeneric;
 #ifdef FASTERNET_HAVE_X86

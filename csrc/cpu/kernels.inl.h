@@ -999,6 +999,8 @@ void head(const Head& args, const ParallelFor& parallel) {
   by_dtype<Head>(args.dtype, args, parallel, head_as<float, float>, head_as<double, double>, head_as<bf16, float>);
 }
 
+#include "training.inl.h"
+
 }  // namespace FASTERNET_ISA_NAMESPACE
 
 extern const Kernels FASTERNET_KERNELS;
@@ -1007,6 +1009,11 @@ const Kernels FASTERNET_KERNELS = {FASTERNET_ISA,
                                    FASTERNET_ISA_NAMESPACE::pconv_pw,
                                    FASTERNET_ISA_NAMESPACE::block,
                                    FASTERNET_ISA_NAMESPACE::patch_conv,
-                                   FASTERNET_ISA_NAMESPACE::head};
+                                   FASTERNET_ISA_NAMESPACE::head,
+                                   FASTERNET_ISA_NAMESPACE::pw_stats,
+                                   FASTERNET_ISA_NAMESPACE::pw_stats_backward,
+                                   FASTERNET_ISA_NAMESPACE::bn_act,
+                                   FASTERNET_ISA_NAMESPACE::act_pw_residual,
+                                   FASTERNET_ISA_NAMESPACE::act_pw_residual_backward};
 
 }  // namespace fasternet
