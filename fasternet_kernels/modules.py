@@ -96,11 +96,16 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
 def must_run_plainly() -> bool:
     """Whether the caller differentiates or traces in a way that the fused ops do not support:
     forward-mode differentiation, torch.func transforms, torch.jit.trace."""
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
-    )
+    return forward_ad._current_level >= 0 or _in_functional_transform() or torch.jit.is_tracing()
+
+
+def _in_functional_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# Dynamo cannot trace that call, but knows the transforms it is in when it evaluates it. This is
+# what torch.compiler.assume_constant_result does, without its import of all of Dynamo.
+_in_functional_transform._dynamo_marked_constant = True
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
