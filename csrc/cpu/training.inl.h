@@ -14,8 +14,10 @@
 constexpr int64_t kColumnUnit = 32;           // columns are shared in multiples of it: whole tiles of the micro-kernels
 constexpr int64_t kPixelsPerThread = 512;     // with fewer, packing all weights for each thread shows: share columns
 constexpr int64_t kBlockElements = 144 << 10;  // of a packed weight that is walked with once for all tiles: fits L2
-constexpr int64_t kChunkPixels = 1024;        // of one partial sum of a weight gradient, at least
+constexpr int64_t kChunkPixels = 512;         // of one partial sum of a weight gradient, at least
+constexpr int64_t kSmallWeight = 64 << 10;    // a larger weight's partial sums cost more: twice the pixels
 constexpr int64_t kMaxChunks = 32;
+constexpr int64_t kRowUnit = 24;  // rows of a weight gradient are shared in multiples of it: of every micro-kernel's rows
 constexpr int64_t kSumRows = 16;  // values in one chain of additions
 
 // ---- Vectors of channels --------------------------------------------------------------------------------------------
@@ -73,7 +75,8 @@ inline void store_part(LanesOf<T> v, S* p, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to_storage(part[i], p + i);
 }
 
-// f(row0, row1, column, valid lanes) over blocks of kSumRows rows and one vector of columns.
+// f(row0, row1, column, valid lanes) over blocks of kSumRows rows and one vector of columns. That order defeats the
+// processor's own prefetching: f asks for what lies kSumRows rows ahead.
 template <class T, class F>
 inline void for_blocks(int64_t rows, int64_t columns, const F& f) {
   for (int64_t r = 0; r < rows; r += kSumRows) {
@@ -246,6 +249,7 @@ struct BnActTile {
       const LanesOf<T> mean = load_part<T>(norm.mean + j, n), scale = load_part<T>(norm.scale + j, n),
                        shift = load_part<T>(norm.shift + j, n);
       for (int64_t r = row0; r < row1; ++r) {
+        __builtin_prefetch(z + (r + kSumRows) * z_stride + j);
         const LanesOf<T> centred = load_part<T>(z + r * z_stride + j, n) - mean;
         const LanesOf<T> value = act_of<kAct, T>(centred * scale + shift);
         store_part<T>(value, a + r * a_stride + j, kFill ? Lanes<T>::kLanes : n);
@@ -279,6 +283,8 @@ struct BnActBackwardTile {
               shift = load_part<T>(norm.shift + j, n);
       V sum = {}, product = {};
       for (int64_t r = row0; r < row1; ++r) {
+        __builtin_prefetch(z + (r + kSumRows) * z_stride + j);
+        if (dz) __builtin_prefetch(dz + (r + kSumRows) * dz_stride + j, 1);
         const V centred = load_part<T>(z + r * z_stride + j, n) - mean;
         V dt = load_part<T>(da + r * da_stride + j, n), value;
         if (factor) dt *= factor[r];
@@ -311,6 +317,8 @@ struct TotalGradient {
       const V centre = load_part<T>(mean + column + j, n), add = load_part<T>(dmean + column + j, n),
               slope = load_part<T>(dm2 + column + j, n);
       for (int64_t r = row0; r < row1; ++r) {
+        __builtin_prefetch(z + (pixel + r + kSumRows) * z_stride + column + j);
+        __builtin_prefetch(dz + (pixel + r + kSumRows) * dz_stride + column + j);
         const V centred = load_part<T>(z + (pixel + r) * z_stride + column + j, n) - centre;
         const V g = load_part<T>(dz + (pixel + r) * dz_stride + column + j, n) + add;
         store_vector(centred * slope + g, out + r * out_stride + j);
@@ -319,11 +327,12 @@ struct TotalGradient {
   }
 };
 
-// mean and m2 (sum of squared deviations from it) of each column. Deviations are taken from the mean of the first
-// pixels, which keeps the digits of channels far from zero: it is off the tile's own mean by so little that
-// m2 = sum d^2 - (sum d)^2 / rows loses at most a factor rows / 8 in relative error, whatever the values.
+// mean = pivot + off and m2 (sum of squared deviations from it) of each column. Deviations are taken from a pivot, the
+// mean of the first pixels, which keeps the digits of channels far from zero: it is off the tile's own mean by so little
+// that m2 = sum d^2 - (sum d)^2 / rows loses at most a factor rows / 8 in relative error, whatever the values.
 template <class S, class T>
-void tile_statistics(const S* z, int64_t stride, int64_t rows, int64_t columns, double* mean, double* m2) {
+void tile_statistics(const S* z, int64_t stride, int64_t rows, int64_t columns, double* pivots, double* offs,
+                     double* m2) {
   using V = LanesOf<T>;
   constexpr int kLanes = Lanes<T>::kLanes;
   const int64_t first = clip(8, rows);
@@ -349,7 +358,8 @@ void tile_statistics(const S* z, int64_t stride, int64_t rows, int64_t columns, 
     store_vector(square, parts[2]);
     for (int64_t i = 0; i < clip(kLanes, n); ++i) {
       const double total = parts[1][i], off = total / static_cast<double>(rows), left = parts[2][i] - total * off;
-      mean[j + i] = parts[0][i] + off;
+      pivots[j + i] = parts[0][i];
+      offs[j + i] = off;
       m2[j + i] = left < 0 ? 0 : left;
     }
   }
@@ -485,7 +495,9 @@ struct OuterTable {
 template <class T, int kVecs>
 constexpr OuterTable<T, kVecs> kOuter{};
 
-// c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n]. Rows of b are readable to whole vectors.
+// c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], kOuterDepth pixels at a time, which keeps the rounding error
+// of many pixels near that of a few. Rows of b are readable to whole vectors.
+constexpr int64_t kOuterDepth = 32;
 template <class T>
 void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t pixels,
                   bool add, T* c, int64_t c_stride) {
@@ -495,16 +507,18 @@ void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b
     const int64_t use = vectors == 1 || vectors == 3 ? vectors : 2, width = use * kLanes;
     const auto* const table = use == 1 ? kOuter<T, 1>.rows : use == 2 ? kOuter<T, 2>.rows : kOuter<T, 3>.rows;
     const int64_t most = use == 3 ? OuterTable<T, 3>::kMost : kOuterRows;
-    const int64_t groups = ceil_div(m, most);
+    const int64_t groups = ceil_div(m, most), passes = ceil_div(pixels, kOuterDepth);
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t row = i * m / groups, rows = (i + 1) * m / groups - row;
       T* const to = c + row * c_stride + j;
-      if (j + width <= n) {
-        table[rows](a + row, a_stride, b + j, b_stride, pixels, add, to, c_stride);
-        continue;
-      }
       T tile[kOuterRows * 3 * kLanes];
-      table[rows](a + row, a_stride, b + j, b_stride, pixels, false, tile, width);
+      const bool whole = j + width <= n;
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t p0 = pass * pixels / passes, p1 = (pass + 1) * pixels / passes;
+        table[rows](a + row + p0 * a_stride, a_stride, b + j + p0 * b_stride, b_stride, p1 - p0,
+                    pass > 0 || (add && whole), whole ? to : tile, whole ? c_stride : width);
+      }
+      if (whole) continue;
       for (int64_t r = 0; r < rows; ++r) {
         for (int64_t k = 0; k < n - j; ++k) {
           to[r * c_stride + k] = tile[r * width + k] + (add ? to[r * c_stride + k] : T(0));
@@ -545,7 +559,8 @@ void share_out(const ParallelFor& parallel, const Share& share, int64_t tiles, i
 // The tiles in chunks, each of which makes its own partial sums.
 struct Chunks {
   int64_t tiles, count;
-  Chunks(int64_t tiles_, int64_t pixels) : tiles(tiles_), count(pixels / kChunkPixels) {
+  Chunks(int64_t tiles_, int64_t pixels, int64_t weight_elements)
+      : tiles(tiles_), count(pixels / (weight_elements > kSmallWeight ? 2 * kChunkPixels : kChunkPixels)) {
     if (count > kMaxChunks) count = kMaxChunks;
     if (count > tiles) count = tiles;
     if (count < 1) count = 1;
@@ -576,18 +591,44 @@ struct Extent {
 
 // ---- The 3x3 convolution of all pixels ------------------------------------------------------------------------------
 
-// Columns of the convolution of a tile into u: w is packed for them, K runs over `channels` channels of x.
+// Rows row0 - 1 .. row1 of a tile and the columns around it, zero outside the image, rows of other images as they are;
+// after them a row of zeros. Pixels are copied in whole vectors where x has `readable` channels that may be read: what is
+// copied too much is overwritten by the next pixel.
 template <class S, class T>
-void conv3x3_tile(const Image<S>& x, int64_t channels, const Extent& extent, const Tiling::Tile& t, const Packed<T>& w,
-                  T* padded, RowGroup<T>* groups, T* u, int64_t u_stride) {
-  const int64_t columns = t.columns(), padded_row = (columns + 2) * channels;
-  T* const zeros = padded + (t.row1 - t.row0 + 2) * padded_row;
-  for (int64_t i = 0; i < padded_row; ++i) zeros[i] = 0;
+void load_padded_tile(const Image<S>& x, int64_t channels, int64_t readable, const Extent& extent,
+                      const Tiling::Tile& t, T* padded) {
+  constexpr int kLanes = Lanes<T>::kLanes;
+  const int64_t padded_row = (t.columns() + 2) * channels;
+  const bool whole = round_up(channels, kLanes) <= readable;
   for (int64_t row = t.row0 - 1; row <= t.row1; ++row) {
     if (row < 0 || row >= extent.rows) continue;
-    load_padded_row(x, extent.height, extent.width, row, t.column0, t.column1, channels,
-                    padded + (row - t.row0 + 1) * padded_row);
+    T* out = padded + (row - t.row0 + 1) * padded_row;
+    for (int64_t column = t.column0 - 1; column <= t.column1; ++column, out += channels) {
+      if (column < 0 || column >= extent.width) {
+        for (int64_t c = 0; c < channels; ++c) out[c] = 0;
+        continue;
+      }
+      const S* const source = x.at(row / extent.height, row % extent.height, column);
+      for (int64_t c = 0; c < channels; c += kLanes) {
+        const int64_t n = whole ? kLanes : channels - c;
+        store_part<T>(load_part<T>(source + c, n), out + c, n);
+      }
+    }
   }
+  T* const zeros = padded + (t.row1 - t.row0 + 2) * padded_row;
+  for (int64_t i = 0; i < padded_row; ++i) zeros[i] = 0;
+}
+inline int64_t padded_elements(const Tiling& tiling, int64_t channels) {
+  return (tiling.max_rows() + 3) * (tiling.max_columns() + 2) * channels + 3 * kFloatLanes;
+}
+
+// Columns of the convolution of a tile into u: w is packed for them, K runs over `channels` channels of x.
+template <class S, class T>
+void conv3x3_tile(const Image<S>& x, int64_t channels, int64_t readable, const Extent& extent, const Tiling::Tile& t,
+                  const Packed<T>& w, T* padded, RowGroup<T>* groups, T* u, int64_t u_stride) {
+  const int64_t columns = t.columns(), padded_row = (columns + 2) * channels;
+  load_padded_tile<S, T>(x, channels, readable, extent, t, padded);
+  const T* const zeros = padded + (t.row1 - t.row0 + 2) * padded_row;
   Gemm<T> g = {};
   g.groups = groups;
   g.n_segments = 3;
@@ -608,14 +649,10 @@ void conv3x3_tile(const Image<S>& x, int64_t channels, const Extent& extent, con
   g.c_stride = u_stride;
   gemm(g);
 }
-inline int64_t padded_elements(const Tiling& tiling, int64_t channels) {
-  return (tiling.max_rows() + 3) * (tiling.max_columns() + 2) * channels;
-}
-
-// u[pixels][u_stride] = the 3x3 convolution of the first c_partial channels of x, or its transpose; u_stride is at
-// least c_partial rounded up to half a panel.
+// u[pixels][u_stride] = the 3x3 convolution of the first c_partial of x's `channels` channels, or its transpose;
+// u_stride is at least c_partial rounded up to half a panel.
 template <class W, class S, class T>
-void conv3x3_all(const Image<S>& x, int64_t c_partial, const W* w, bool transposed, const Extent& extent, T* u,
+void conv3x3_all(const Image<S>& x, int64_t channels, int64_t c_partial, const W* w, bool transposed, const Extent& extent, T* u,
                  int64_t u_stride, const ParallelFor& parallel) {
   const Tiling& tiling = extent.tiling;
   const Share share(extent.pixels, c_partial, 9 * c_partial, parallel.num_threads);
@@ -635,8 +672,8 @@ void conv3x3_all(const Image<S>& x, int64_t c_partial, const W* w, bool transpos
       const Packed<T> part(packed, b1 - b0, 9 * c_partial);
       for (int64_t i = tile0; i < tile1; ++i) {
         const Tiling::Tile t = tiling.tile(i);
-        conv3x3_tile<S, T>(x, c_partial, extent, t, part, padded, groups, u + t.pixel(extent.width) * u_stride + b0,
-                           u_stride);
+        conv3x3_tile<S, T>(x, c_partial, channels, extent, t, part, padded, groups,
+                           u + t.pixel(extent.width) * u_stride + b0, u_stride);
       }
     }
   });
@@ -655,16 +692,17 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
   const Share share(extent.pixels, c_out, channels, parallel.num_threads);
   const bool fused = share.tile_by_tile(c_out);
   const int64_t u_stride = padded_n(c_partial, sizeof(T));
-  double *means, *m2s;
+  double *pivots, *offs, *m2s;
   T* u_all;
   Carver shared;
   for (int round = 0; round < 2; ++round) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
-    means = shared.take<double>(tiling.tiles * c_out);
+    pivots = shared.take<double>(tiling.tiles * c_out);
+    offs = shared.take<double>(tiling.tiles * c_out);
     m2s = shared.take<double>(tiling.tiles * c_out);
     u_all = shared.take<T>(fused ? 0 : extent.pixels * u_stride);
   }
-  if (!fused) conv3x3_all<S, S, T>(x, c_partial, w_partial, false, extent, u_all, u_stride, parallel);
+  if (!fused) conv3x3_all<S, S, T>(x, channels, c_partial, w_partial, false, extent, u_all, u_stride, parallel);
   share_out(parallel, share, tiling.tiles, c_out, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
     T *packed_partial, *packed, *padded, *u_tile, *out;
     RowGroup<T>*conv_groups, *groups;
@@ -691,7 +729,9 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
         const Tiling::Tile t = tiling.tile(i);
         const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
         const T* u = fused ? u_tile : u_all + pixel * u_stride;
-        if (fused) conv3x3_tile<S, T>(x, c_partial, extent, t, partial, padded, conv_groups, u_tile, u_stride);
+        if (fused) {
+          conv3x3_tile<S, T>(x, c_partial, channels, extent, t, partial, padded, conv_groups, u_tile, u_stride);
+        }
         Gemm<T> g = {};
         mixed.fill(&g, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
         g.b = &part;
@@ -709,11 +749,12 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
         }
         gemm(g);
         if (!direct) store_rows<S, T>(out, part.n_padded, pixels, part.n, z_tile, c_out);
-        tile_statistics<S, T>(z_tile, c_out, pixels, part.n, means + i * c_out + b0, m2s + i * c_out + b0);
+        tile_statistics<S, T>(z_tile, c_out, pixels, part.n, pivots + i * c_out + b0, offs + i * c_out + b0,
+                              m2s + i * c_out + b0);
       }
     }
   });
-  // Chan, Golub and LeVeque's formula, tile by tile, in the first tile's place.
+  // Chan, Golub and LeVeque's formula, tile by tile, in the first tile's place; means stay relative to its pivot.
   T *const mean = static_cast<T*>(args.mean), *const m2 = static_cast<T*>(args.m2);
   parallel_for(parallel, ceil_div(c_out, kColumnUnit), [&](int64_t begin, int64_t end) {
     const int64_t c0 = begin * kColumnUnit, c1 = clip(end * kColumnUnit, c_out);
@@ -721,14 +762,14 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
     for (int64_t i = 0; i < tiling.tiles; ++i) {
       const double pixels = static_cast<double>(tiling.tile(i).pixels()), total = count + pixels;
       for (int64_t c = c0; i > 0 && c < c1; ++c) {
-        const double delta = means[i * c_out + c] - means[c];
-        means[c] += delta * (pixels / total);
+        const double delta = (pivots[i * c_out + c] - pivots[c]) + (offs[i * c_out + c] - offs[c]);
+        offs[c] += delta * (pixels / total);
         m2s[c] += m2s[i * c_out + c] + delta * delta * (count * pixels / total);
       }
       count = total;
     }
     for (int64_t c = c0; c < c1; ++c) {
-      mean[c] = tiling.tiles ? static_cast<T>(means[c]) : static_cast<T>(__builtin_nan(""));
+      mean[c] = tiling.tiles ? static_cast<T>(pivots[c] + offs[c]) : static_cast<T>(__builtin_nan(""));
       m2[c] = tiling.tiles ? static_cast<T>(m2s[c]) : T(0);
     }
   });
@@ -855,7 +896,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
   const int64_t channels = args.channels, c_hidden = args.c_hidden, area = args.height * args.width;
   const Extent extent(args.batch, args.height, args.width);
   const Tiling& tiling = extent.tiling;
-  const Chunks chunks(tiling.tiles, extent.pixels);
+  const Chunks chunks(tiling.tiles, extent.pixels, channels * c_hidden);
   const S *const grad = static_cast<const S*>(args.grad), *const z = static_cast<const S*>(args.z),
                  *const w = static_cast<const S*>(args.w_pw2);
   S *const dz = static_cast<S*>(args.dz), *const dw = static_cast<S*>(args.dw_pw2);
@@ -1041,7 +1082,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   const int64_t channels = args.channels, c_partial = args.c_partial, c_out = args.c_out;
   const Extent extent(args.batch, args.height, args.width);
   const Tiling& tiling = extent.tiling;
-  const Chunks chunks(tiling.tiles, extent.pixels);
+  const Chunks chunks(tiling.tiles, extent.pixels, channels * c_out);
   const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
   const S *const w_partial = static_cast<const S*>(args.w_partial), *const w_pw = static_cast<const S*>(args.w_pw);
   const S* const dy = static_cast<const S*>(args.dy);
@@ -1053,13 +1094,17 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   const bool need_du = dx || dw_partial;
   bool direct = false;
   if constexpr (Same<S, T>::value) direct = chunks.count == 1 && tiling.tiles > 0;
+  const int64_t n_du = dx ? channels : c_partial;
+  const Share share(extent.pixels, n_du, c_out, parallel.num_threads);
+  const bool fused = dw_pw && need_du && share.tile_by_tile(n_du) &&
+                     (chunks.count % parallel.num_threads == 0 || chunks.count >= 4 * parallel.num_threads);
   T *dmean, *dm2, *u, *du, *dx_partial, *pw_products, *partial_products;
   Carver shared;
   for (int round = 0; round < 2; ++round) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
     dmean = shared.take<T>(c_out);
     dm2 = shared.take<T>(c_out);
-    u = shared.take<T>(dw_pw ? extent.pixels * u_stride : 0);
+    u = shared.take<T>(dw_pw && !fused ? extent.pixels * u_stride : 0);
     du = shared.take<T>(need_du ? extent.pixels * du_stride : 0);
     dx_partial = shared.take<T>(dx ? extent.pixels * u_stride : 0);
     pw_products = shared.take<T>(dw_pw && !direct ? chunks.count * c_out * pw_stride : 0);
@@ -1078,13 +1123,100 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                                      dmean,
                                      dm2};
 
-  if (dw_pw) conv3x3_all<S, S, T>(x, c_partial, w_partial, false, extent, u, u_stride, parallel);
+  const int64_t all_stride = row_pitch<T>(channels);
 
-  if (need_du) {
-    const int64_t n = dx ? channels : c_partial;
-    const Share share(extent.pixels, n, c_out, parallel.num_threads);
+  // Columns [b0, b1) of du: the first c_partial channels go on through the 3x3 convolution, the others are dx.
+  const auto store_du = [&](int64_t pixel, int64_t pixels, int64_t b0, int64_t b1, const T* sums, int64_t stride) {
+    const int64_t split = b0 < c_partial ? clip(c_partial, b1) : b0;
+    for (int64_t p = 0; p < pixels; ++p) {
+      const T* const sum = sums + p * stride;
+      T* const partial = du + (pixel + p) * du_stride;
+      for (int64_t c = b0; c < split; c += Lanes<T>::kLanes) {
+        store_part<T>(load_part<T>(sum + c - b0, split - c), partial + c, split - c);
+      }
+      if (!dx) continue;
+      S* const to = dx + (pixel + p) * channels;
+      const S* const add = dy ? dy + (pixel + p) * args.dy_pixel_stride : nullptr;
+      for (int64_t c = split; c < b1; c += Lanes<T>::kLanes) {
+        LanesOf<T> v = load_part<T>(sum + c - b0, b1 - c);
+        if (add) v += load_part<T>(add + c, b1 - c);
+        store_part<T>(v, to + c, b1 - c);
+      }
+    }
+  };
+  // u of a tile from x and the convolved channels.
+  const auto load_u = [&](int64_t pixel, int64_t pixels, const T* convolved, T* rows) {
+    copy_rows<S, T>(x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels, channels, nullptr, rows,
+                    all_stride);
+    for (int64_t p = 0; p < pixels; ++p) {
+      for (int64_t c = 0; c < c_partial; c += Lanes<T>::kLanes) {
+        store_part<T>(load_part<T>(convolved + p * u_stride + c, c_partial - c), rows + p * all_stride + c,
+                      c_partial - c);
+      }
+    }
+  };
+  T* pw_product = pw_products;
+  int64_t product_stride = pw_stride, product_columns = pw_stride;
+  if constexpr (Same<S, T>::value) {
+    if (direct && dw_pw) {
+      pw_product = dw_pw;
+      product_stride = product_columns = channels;
+    }
+  }
+  const auto gemm_of = [](const T* dz, const int64_t& dz_stride, int64_t pixels, const Packed<T>& w, RowGroup<T>* groups,
+                          T* sums) {
+    Gemm<T> g = {};
+    g.groups = groups;
+    g.n_groups = add_groups<T>(groups, 0, pixels, 1, &dz, &dz_stride);
+    g.n_segments = 1;
+    g.segment_k[0] = w.k;
+    g.segment_stride[0] = dz_stride;
+    g.b = &w;
+    g.n_end = w.n_padded;
+    g.c = sums;
+    g.c_stride = w.n_padded;
+    g.c_in_stride = w.n_padded;
+    return g;
+  };
+
+  if (fused) {
+    // Many pixels: each tile's gradient of z is made once, for du and for dw_pw.
+    const int64_t dz_stride = row_pitch<T>(c_out);
+    parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
+      T *packed_partial, *packed, *padded, *u_tile, *dz, *sums, *rows;
+      RowGroup<T>* groups;
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        packed_partial = carver.take<T>(packed_elements(c_partial, 9 * c_partial, sizeof(T)));
+        packed = carver.take<T>(packed_elements(n_du, c_out, sizeof(T)));
+        padded = carver.take<T>(padded_elements(tiling, c_partial));
+        u_tile = carver.take<T>(tiling.max_pixels() * u_stride);
+        dz = carver.take<T>(tiling.max_pixels() * dz_stride);
+        sums = carver.take<T>(tiling.max_pixels() * padded_n(n_du, sizeof(T)));
+        rows = carver.take<T>(tiling.max_pixels() * all_stride);
+        groups = carver.take<RowGroup<T>>(tiling.max_groups());
+      }
+      pack_conv3x3(w_partial, c_partial, false, 0, c_partial, packed_partial);
+      pack_operand<S, T>(w_pw, 1, channels, n_du, c_out, nullptr, nullptr, packed);
+      const Packed<T> partial(packed_partial, c_partial, 9 * c_partial), pw(packed, n_du, c_out);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
+          const Tiling::Tile t = tiling.tile(i);
+          const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+          total.tile(pixel, pixels, 0, c_out, dz, dz_stride);
+          gemm(gemm_of(dz, dz_stride, pixels, pw, groups, sums));
+          store_du(pixel, pixels, 0, n_du, sums, pw.n_padded);
+          conv3x3_tile<S, T>(x, c_partial, channels, extent, t, partial, padded, groups, u_tile, u_stride);
+          load_u(pixel, pixels, u_tile, rows);
+          add_products<T>(dz, dz_stride, c_out, rows, all_stride, product_columns, pixels, i > chunks.begin(chunk),
+                          pw_product + chunk * c_out * product_stride, product_stride);
+        }
+      }
+    });
+  } else if (need_du) {
     const int64_t chunk = chunk_width<T>(c_out, kHiddenChunk), dz_stride = row_pitch<T>(chunk);
-    share_out(parallel, share, tiling.tiles, n, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
+    share_out(parallel, share, tiling.tiles, n_du, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
       T *packed, *dz, *sums;
       RowGroup<T>* groups;
       Carver carver;
@@ -1102,17 +1234,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
         for (int64_t i = tile0; i < tile1; ++i) {
           const Tiling::Tile t = tiling.tile(i);
           const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-          Gemm<T> g = {};
-          const T* const a[1] = {dz};
-          g.groups = groups;
-          g.n_groups = add_groups<T>(groups, 0, pixels, 1, a, &dz_stride);
-          g.n_segments = 1;
-          g.segment_stride[0] = dz_stride;
-          g.b = &part;
-          g.n_end = part.n_padded;
-          g.c = sums;
-          g.c_stride = part.n_padded;
-          g.c_in_stride = part.n_padded;
+          Gemm<T> g = gemm_of(dz, dz_stride, pixels, part, groups, sums);
           for (int64_t k = 0; k < c_out; k += chunk) {
             total.tile(pixel, pixels, k, clip(chunk, c_out - k), dz, dz_stride);
             g.k_begin = k;
@@ -1120,43 +1242,23 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
             g.c_in = k ? sums : nullptr;
             gemm(g);
           }
-          const int64_t split = b0 < c_partial ? clip(c_partial, b1) : b0;  // [b0, split) goes on through the 3x3
-          for (int64_t p = 0; p < pixels; ++p) {
-            const T* const sum = sums + p * part.n_padded;
-            for (int64_t c = b0; c < split; ++c) du[(pixel + p) * du_stride + c] = sum[c - b0];
-            if (!dx) continue;
-            S* const to = dx + (pixel + p) * channels;
-            const S* const add = dy ? dy + (pixel + p) * args.dy_pixel_stride : nullptr;
-            for (int64_t c = split; c < b1; c += Lanes<T>::kLanes) {
-              LanesOf<T> v = load_part<T>(sum + c - b0, b1 - c);
-              if (add) v += load_part<T>(add + c, b1 - c);
-              store_part<T>(v, to + c, b1 - c);
-            }
-          }
+          store_du(pixel, pixels, b0, b1, sums, part.n_padded);
         }
       }
     });
   }
 
-  if (dw_pw) {
-    constexpr int64_t kRowUnit = 24;  // a multiple of every micro-kernel's rows
+  if (dw_pw && !fused) {
     constexpr int64_t kRowBlock = 10 * kRowUnit;
-    const int64_t dz_stride = row_pitch<T>(kRowBlock), all_stride = row_pitch<T>(channels);
+    const int64_t dz_stride = row_pitch<T>(kRowBlock);
+    conv3x3_all<S, S, T>(x, channels, c_partial, w_partial, false, extent, u, u_stride, parallel);
     share_chunks(parallel, chunks, c_out, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
       T *dz, *rows;
       Carver carver;
       for (int round = 0; round < 2; ++round) {
         if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
         dz = carver.take<T>(tiling.max_pixels() * dz_stride);
-        rows = carver.take<T>(tiling.max_pixels() * all_stride + kFloatLanes);
-      }
-      T* product = pw_products + chunk * c_out * pw_stride;
-      int64_t stride = pw_stride;
-      if constexpr (Same<S, T>::value) {
-        if (direct) {
-          product = dw_pw;
-          stride = channels;
-        }
+        rows = carver.take<T>(tiling.max_pixels() * all_stride);
       }
       for (int64_t b0 = n0; b0 < n1; b0 += kRowBlock) {
         const int64_t b1 = clip(b0 + kRowBlock, n1);
@@ -1164,46 +1266,47 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           const Tiling::Tile t = tiling.tile(i);
           const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
           total.tile(pixel, pixels, b0, b1 - b0, dz, dz_stride);
-          copy_rows<S, T>(x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels, channels, nullptr, rows,
-                          all_stride);
-          for (int64_t p = 0; p < pixels; ++p) {
-            __builtin_memcpy(rows + p * all_stride, u + (pixel + p) * u_stride,
-                             static_cast<size_t>(c_partial) * sizeof(T));
-          }
-          add_products<T>(dz, dz_stride, b1 - b0, rows, all_stride, direct ? channels : pw_stride, pixels,
-                          i > chunks.begin(chunk), product + b0 * stride, stride);
+          load_u(pixel, pixels, u + pixel * u_stride, rows);
+          add_products<T>(dz, dz_stride, b1 - b0, rows, all_stride, product_columns, pixels, i > chunks.begin(chunk),
+                          pw_product + (chunk * c_out + b0) * product_stride, product_stride);
         }
       }
     });
-    if (!direct) {
-      parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-          T* const sum = pw_products + n * pw_stride;
-          for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
-            const T* const part = sum + chunk * c_out * pw_stride;
-            for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
-          }
-          for (int64_t c = 0; c < channels; ++c) to_storage(tiling.tiles ? sum[c] : T(0), dw_pw + n * channels + c);
+  }
+  if (dw_pw && !direct) {
+    parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        T* const sum = pw_products + n * pw_stride;
+        for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+          const T* const part = sum + chunk * c_out * pw_stride;
+          for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
         }
-      });
-    }
+        for (int64_t c = 0; c < channels; ++c) to_storage(tiling.tiles ? sum[c] : T(0), dw_pw + n * channels + c);
+      }
+    });
   }
 
   if (dx) {
     const Image<T> image = channels_last<T>(du, args.height, args.width, du_stride);
-    conv3x3_all<S, T, T>(image, c_partial, w_partial, true, extent, dx_partial, u_stride, parallel);
+    conv3x3_all<S, T, T>(image, du_stride, c_partial, w_partial, true, extent, dx_partial, u_stride, parallel);
     parallel_for(parallel, ceil_div(extent.pixels, kSumRows), [&](int64_t begin, int64_t end) {
       for (int64_t p = begin * kSumRows; p < clip(end * kSumRows, extent.pixels); ++p) {
         S* const to = dx + p * channels;
         const S* const add = dy ? dy + p * args.dy_pixel_stride : nullptr;
         const T* const from = dx_partial + p * u_stride;
-        for (int64_t c = 0; c < c_partial; ++c) to_storage(from[c] + (add ? to_compute(add[c]) : T(0)), to + c);
+        for (int64_t c = 0; c < c_partial; c += Lanes<T>::kLanes) {
+          LanesOf<T> v = load_part<T>(from + c, c_partial - c);
+          if (add) v += load_part<T>(add + c, c_partial - c);
+          store_part<T>(v, to + c, c_partial - c);
+        }
       }
     });
   }
 
   if (dw_partial) {
-    constexpr int64_t kRowUnit = 24;
+    // In the padded rows of x the patches of neighbouring pixels overlap: one kernel row of a patch is 3 c_partial values
+    // in a row, the next pixel's begin c_partial further on. Short rows are copied into one run of pixels.
+    const bool copied = tiling.max_columns() < kOuterDepth * 3 / 4;
     const int64_t patch_stride = row_pitch<T>(3 * c_partial);
     share_chunks(parallel, chunks, c_partial, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
       T *padded, *patches;
@@ -1211,33 +1314,32 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
       for (int round = 0; round < 2; ++round) {
         if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
         padded = carver.take<T>(padded_elements(tiling, c_partial));
-        patches = carver.take<T>(tiling.max_pixels() * patch_stride);
+        patches = carver.take<T>(copied ? tiling.max_pixels() * patch_stride : 0);
       }
-      T* const product = partial_products + chunk * c_partial * 3 * tap_stride;
+      T* const product = partial_products + (chunk * c_partial + n0) * 3 * tap_stride;
+      for (int64_t k = 0; k < (n1 - n0) * 3 * tap_stride; ++k) product[k] = 0;
       for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
         const Tiling::Tile t = tiling.tile(i);
         const int64_t columns = t.columns(), padded_row = (columns + 2) * c_partial;
-        for (int64_t row = t.row0 - 1; row <= t.row1; ++row) {
-          if (row < 0 || row >= extent.rows) continue;
-          load_padded_row(x, args.height, args.width, row, t.column0, t.column1, c_partial,
-                          padded + (row - t.row0 + 1) * padded_row);
-        }
+        const T* const du_tile = du + t.pixel(args.width) * du_stride + n0;
+        load_padded_tile<S, T>(x, c_partial, channels, extent, t, padded);
         for (int64_t tap = 0; tap < 3; ++tap) {
           for (int64_t row = t.row0; row < t.row1; ++row) {
-            const int64_t y = row % args.height + tap - 1;
+            const int64_t y = row % args.height + tap - 1, pixel = (row - t.row0) * columns;
             const bool inside = y >= 0 && y < args.height;
-            const T* const from = padded + (row - t.row0 + tap) * padded_row;
-            T* const to = patches + (row - t.row0) * columns * patch_stride;
-            for (int64_t p = 0; p < columns; ++p) {
-              T* const patch = to + p * patch_stride;
-              int64_t k = 0;
-              for (; inside && k < 3 * c_partial; ++k) patch[k] = from[p * c_partial + k];
-              for (; k < tap_stride; ++k) patch[k] = 0;
+            const T* const from = padded + (row - t.row0 + (inside ? tap : t.row1 - row + 2)) * padded_row;
+            if (copied) {
+              copy_rows<T, T>(from, c_partial, columns, 3 * c_partial, nullptr, patches + pixel * patch_stride,
+                              patch_stride);
+            } else if (inside) {
+              add_products<T>(du_tile + pixel * du_stride, du_stride, n1 - n0, from, c_partial, tap_stride, columns,
+                              true, product + tap * tap_stride, 3 * tap_stride);
             }
           }
-          add_products<T>(du + t.pixel(args.width) * du_stride + n0, du_stride, n1 - n0, patches, patch_stride,
-                          tap_stride, t.pixels(), i > chunks.begin(chunk), product + (n0 * 3 + tap) * tap_stride,
-                          3 * tap_stride);
+          if (copied) {
+            add_products<T>(du_tile, du_stride, n1 - n0, patches, patch_stride, tap_stride, t.pixels(), true,
+                            product + tap * tap_stride, 3 * tap_stride);
+          }
         }
       }
     });
