@@ -177,6 +177,16 @@ def own_modules(rank):
                 near(p.grad, expected[f"gradient of {name}"], name)
 
 
+def compiled(rank):
+    """The collectives are part of one graph."""
+    torch.manual_seed(0)
+    eager = sync(fk.FasterNetBlock(16)).double()
+    model = torch.compile(copy.deepcopy(eager), backend="aot_eager", fullgraph=True)
+    x = randn(2 + rank, 16, 5, 5, seed=rank, dtype=torch.float64)
+    for a, b in zip(wild.step(model, x).values(), wild.step(eager, x).values(), strict=True):
+        near(a, b, "compiled")
+
+
 def alone_in_a_group(rank):
     """Statistics stay in their group, and in eval mode nobody waits for another."""
     groups = [dist.new_group([r]) for r in range(2)]
@@ -198,6 +208,7 @@ def alone_in_a_group(rank):
 def on_two_processes(rank):
     compare_with_one_process(rank)
     own_modules(rank)
+    compiled(rank)
     alone_in_a_group(rank)
 
 
