@@ -19,7 +19,7 @@ def run(tmp_path, *arguments, launcher=()):
     command = [sys.executable, *launcher, TRAIN, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=300
+        command, cwd=tmp_path, env=environment, text=True, capture_output=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     found = re.findall(r"(\w+): ([\d.]+)% of the held-out digits", done.stdout)
