@@ -274,6 +274,37 @@ struct ActPwResidualBackward {
 };
 void act_pw_residual_backward(const ActPwResidualBackward& args, const ParallelFor& parallel);
 
+// The gradients of pconv3x3: dx[:, :c_partial] and dweight through the convolution, dx's other channels are grad's.
+struct PConv3x3Backward {
+  DType dtype;
+  int64_t batch, channels, height, width, c_partial;
+  const void* grad;
+  int64_t grad_pixel_stride;
+  const void* x;  // its first c_partial channels
+  int64_t x_pixel_stride;
+  const void* weight;  // (c_partial, c_partial, 3, 3)
+  void* dx;            // dense
+  void* dweight;
+};
+void pconv3x3_backward(const PConv3x3Backward& args, const ParallelFor& parallel);
+
+// The gradients of y = conv(x, weight, stride = kernel) * scale + shift. Pixels of x in no patch have gradient zero.
+struct PatchConvBackward {
+  DType dtype;
+  int64_t batch, channels, height, width, c_out, kh, kw;
+  const void* grad;  // (batch, height / kh, width / kw, c_out)
+  int64_t grad_pixel_stride;
+  const void* x;  // any strides
+  int64_t x_stride[4];
+  const void* weight;  // (c_out, channels, kh, kw)
+  const void* scale;   // (c_out) in the compute type, or null
+  void* dx;            // dense
+  void* dweight;
+  void* dscale;  // (c_out), compute type
+  void* dshift;  // (c_out), compute type
+};
+void patch_conv_backward(const PatchConvBackward& args, const ParallelFor& parallel);
+
 // ---- Reference ------------------------------------------------------------------------------------------------------
 
 // The same operators as plain loops over unpacked weights with double accumulation, for the tests. Contiguous

@@ -594,10 +594,10 @@ Tensor bn_act(Tensor z, Tensor mean, Tensor scale, Tensor shift, std::string act
   const ScalarType type = in.tensor.scalar_type();
   const NormVectors norm(mean, scale, shift, z.size(1), compute_type(type));
   Tensor y = empty_image(z, z.size(1), z.size(2), z.size(3), type, MemoryFormat::ChannelsLast);
-  fasternet::bn_act({dtype_of(type), z.size(0) * z.size(2) * z.size(3), z.size(1), in.data(), in.stride,
-                     norm.mean.const_data_ptr(), norm.scale.const_data_ptr(), norm.shift.const_data_ptr(),
-                     fasternet::parse_act(act), y.mutable_data_ptr()},
-                    torch_threads());
+  fasternet::bn_act(
+      {dtype_of(type), z.size(0) * z.size(2) * z.size(3), z.size(1), in.data(), in.stride, norm.mean.const_data_ptr(),
+       norm.scale.const_data_ptr(), norm.shift.const_data_ptr(), fasternet::parse_act(act), y.mutable_data_ptr()},
+      torch_threads());
   return finish(y, z.scalar_type(), format_of(z));
 }
 
@@ -615,8 +615,7 @@ Tensor act_pw_residual(Tensor x, Tensor z, Tensor mean, Tensor scale, Tensor shi
                   "fasternet_kernels: a float64 x needs a float64 z, or its residual would be rounded");
   const ScalarType result_type = wider_type(x.scalar_type(), z.scalar_type());
   // Beside bfloat16 operands the kernel also takes a float32 residual; else both have one type.
-  const ScalarType residual_type =
-      type == ScalarType::BFloat16 && x.scalar_type() != type ? ScalarType::Float : type;
+  const ScalarType residual_type = type == ScalarType::BFloat16 && x.scalar_type() != type ? ScalarType::Float : type;
   const Pixels residual(cast(x, residual_type));
   const NormVectors norm(mean, scale, shift, c_hidden, compute);
   const Tensor weight = dense(w_pw2, type);
@@ -707,9 +706,144 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> act_pw_residu
     Tensor grad, Tensor z, Tensor mean, Tensor scale, Tensor shift, Tensor w_pw2, OptionalTensor layer_scale,
     OptionalTensor sample_scale, std::string act, std::vector<bool> output_mask) {
   check_mask(output_mask, 7);
-  const ActGradients g =
-      act_gradients(grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask);
+  const ActGradients g = act_gradients(grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask);
   return {g.dz, g.dmean, g.dscale, g.dshift, g.dw_pw2, g.dlayer_scale, g.dsample_scale};
+}
+
+// ---- Gradients of the inference operators ---------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> pconv3x3_backward(Tensor grad, Tensor x_partial, Tensor weight,
+                                             std::vector<bool> output_mask) {
+  check_pconv(grad, weight);
+  check_mask(output_mask, 2);
+  const int64_t c_partial = weight.size(0);
+  check_size(x_partial, "x_partial", {grad.size(0), c_partial, grad.size(2), grad.size(3)});
+  const ScalarType weight_type = weight.scalar_type(), type = stored_type(weight_type);
+  // Autocast or float16: the convolved channels alone go through the kernel.
+  const bool all = grad.scalar_type() == type;
+  const Pixels incoming(all ? grad : operand(torch::stable::narrow(grad, 1, 0, c_partial), weight_type));
+  const Pixels x(operand(x_partial, weight_type));
+  const Tensor w = dense(weight, type);
+  OptionalTensor dx;
+  if (output_mask[0]) {
+    dx =
+        empty_image(grad, all ? grad.size(1) : c_partial, grad.size(2), grad.size(3), type, MemoryFormat::ChannelsLast);
+  }
+  const OptionalTensor dw = wanted(output_mask[1], w, type);
+  fasternet::pconv3x3_backward(
+      {dtype_of(type), grad.size(0), all ? grad.size(1) : c_partial, grad.size(2), grad.size(3), c_partial,
+       incoming.data(), incoming.stride, x.data(), x.stride, w.const_data_ptr(), pointer(dx), pointer(dw)},
+      torch_threads());
+  Tensor dx_result = no_gradient(grad);
+  if (dx && all) dx_result = finish(*dx, type, format_of(grad));
+  if (dx && !all) {
+    dx_result = empty_image(grad, grad.size(1), grad.size(2), grad.size(3), grad.scalar_type(), format_of(grad));
+    torch::stable::copy_(dx_result, grad);
+    Tensor target = torch::stable::narrow(dx_result, 1, 0, c_partial);
+    torch::stable::copy_(target, cast(*dx, weight_type));
+  }
+  return {dx_result, gradient(dw, weight_type, grad)};
+}
+
+// With running statistics the batch norm is (z - 0) * scale + shift: z is computed again, then the two halves of
+// training follow, without gradients of the statistics.
+struct FrozenNorm {
+  Tensor zero, scale, shift;
+  FrozenNorm(const OptionalTensor& scale_, const OptionalTensor& shift_, const Tensor& w)
+      : zero(filled(w.size(0), 0, w, compute_type(w.scalar_type()))),
+        scale(scale_ ? *scale_ : filled(w.size(0), 1, w, compute_type(w.scalar_type()))),
+        shift(shift_ ? *shift_ : zero) {}
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pconv_pw_backward(Tensor grad, Tensor x, Tensor w_partial,
+                                                                     Tensor w_pw, OptionalTensor scale,
+                                                                     OptionalTensor shift, std::string act,
+                                                                     std::vector<bool> output_mask) {
+  check_mask(output_mask, 5);
+  const bool inner = output_mask[0] || output_mask[1] || output_mask[2];
+  const Tensor z = std::get<0>(pw_stats(x, w_partial, w_pw));
+  const FrozenNorm norm(scale, shift, w_pw);
+  const ActGradients g =
+      act_gradients(grad, z, norm.zero, norm.scale, norm.shift, std::nullopt, std::nullopt, std::nullopt, act,
+                    {inner, false, output_mask[3], output_mask[4], false, false, false});
+  Tensor dx = no_gradient(grad), dw_partial = dx, dw_pw = dx;
+  if (inner) {
+    std::tie(dx, dw_partial, dw_pw) = pw_stats_backward(g.dz, norm.zero, norm.zero, x, z, norm.zero, w_partial, w_pw,
+                                                        {output_mask[0], output_mask[1], output_mask[2]}, std::nullopt);
+  }
+  return {output_mask[0] ? dx : no_gradient(grad), output_mask[1] ? dw_partial : no_gradient(grad),
+          output_mask[2] ? dw_pw : no_gradient(grad), g.dscale, g.dshift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_backward(
+    Tensor grad, Tensor x, Tensor w_partial, Tensor w_pw1, Tensor w_pw2, OptionalTensor scale, OptionalTensor shift,
+    OptionalTensor layer_scale, OptionalTensor sample_scale, std::string act, std::vector<bool> output_mask) {
+  check_mask(output_mask, 8);
+  const bool inner = output_mask[0] || output_mask[1] || output_mask[2];
+  const Tensor z = std::get<0>(pw_stats(x, w_partial, w_pw1));
+  const FrozenNorm norm(scale, shift, w_pw1);
+  const ActGradients g =
+      act_gradients(grad, z, norm.zero, norm.scale, norm.shift, w_pw2, layer_scale, sample_scale, act,
+                    {inner, false, output_mask[4], output_mask[5], output_mask[3], output_mask[6], output_mask[7]});
+  Tensor dx = no_gradient(grad), dw_partial = dx, dw_pw1 = dx;
+  if (inner) {
+    std::tie(dx, dw_partial, dw_pw1) = pw_stats_backward(g.dz, norm.zero, norm.zero, x, z, norm.zero, w_partial, w_pw1,
+                                                         {output_mask[0], output_mask[1], output_mask[2]}, grad);
+  }
+  return {output_mask[0] ? dx : no_gradient(grad),
+          output_mask[1] ? dw_partial : no_gradient(grad),
+          output_mask[2] ? dw_pw1 : no_gradient(grad),
+          g.dw_pw2,
+          g.dscale,
+          g.dshift,
+          g.dlayer_scale,
+          g.dsample_scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tensor x, Tensor weight,
+                                                               OptionalTensor scale, OptionalTensor shift,
+                                                               std::vector<bool> output_mask) {
+  check_image(x);
+  check_mask(output_mask, 4);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0 && weight.size(1) == x.size(1),
+                  "fasternet_kernels: weight does not fit x, expected (C_out, ", x.size(1), ", kh, kw)");
+  const int64_t c_out = weight.size(0), kh = weight.size(2), kw = weight.size(3);
+  check_size(grad, "grad", {x.size(0), c_out, x.size(2) / kh, x.size(3) / kw});
+  check_size(scale, "scale", {c_out});
+  check_size(shift, "shift", {c_out});
+  const Tensor in = operand(x, weight.scalar_type());
+  const ScalarType type = in.scalar_type(), compute = compute_type(type);
+  const Pixels incoming(operand(grad, weight.scalar_type()));
+  const Tensor w = dense(weight, type);
+  const OptionalTensor factor = dense(scale, compute);
+  OptionalTensor dx, dscale, dshift;
+  if (output_mask[0]) dx = empty_image(x, x.size(1), x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
+  const OptionalTensor dw = wanted(output_mask[1], w, type);
+  if (output_mask[2]) dscale = empty_like(*scale, compute);
+  if (output_mask[3]) dshift = empty_like(*shift, compute);
+  fasternet::PatchConvBackward args = {};
+  args.dtype = dtype_of(type);
+  args.batch = in.size(0);
+  args.channels = in.size(1);
+  args.height = in.size(2);
+  args.width = in.size(3);
+  args.c_out = c_out;
+  args.kh = kh;
+  args.kw = kw;
+  args.grad = incoming.data();
+  args.grad_pixel_stride = incoming.stride;
+  args.x = in.const_data_ptr();
+  for (int d = 0; d < 4; ++d) args.x_stride[d] = in.stride(d);
+  args.weight = w.const_data_ptr();
+  args.scale = const_pointer(factor);
+  args.dx = pointer(dx);
+  args.dweight = pointer(dw);
+  args.dscale = pointer(dscale);
+  args.dshift = pointer(dshift);
+  fasternet::patch_conv_backward(args, torch_threads());
+  return {dx ? finish(*dx, x.scalar_type(), format_of(x)) : no_gradient(grad), gradient(dw, weight.scalar_type(), grad),
+          gradient(dscale, scale ? scale->scalar_type() : compute, grad),
+          gradient(dshift, shift ? shift->scalar_type() : compute, grad)};
 }
 
 }  // namespace
@@ -733,6 +867,10 @@ STABLE_TORCH_LIBRARY_IMPL(fasternet_kernels, CPU, m) {
   m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
   m.impl("act_pw_residual", TORCH_BOX(&act_pw_residual));
   m.impl("act_pw_residual_backward", TORCH_BOX(&act_pw_residual_backward));
+  m.impl("pconv3x3_backward", TORCH_BOX(&pconv3x3_backward));
+  m.impl("pconv_pw_backward", TORCH_BOX(&pconv_pw_backward));
+  m.impl("block_backward", TORCH_BOX(&block_backward));
+  m.impl("patch_conv_backward", TORCH_BOX(&patch_conv_backward));
 }
 
 // What library.py asks once torch has loaded this library and registered its operators: whether they can run, and as

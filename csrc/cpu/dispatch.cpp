@@ -159,5 +159,13 @@ void act_pw_residual_backward(const ActPwResidualBackward& args, const ParallelF
   const TrimScratch at_end;
   kernels().act_pw_residual_backward(args, parallel);
 }
+void pconv3x3_backward(const PConv3x3Backward& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().pconv3x3_backward(args, parallel);
+}
+void patch_conv_backward(const PatchConvBackward& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().patch_conv_backward(args, parallel);
+}
 
 }  // namespace fasternet

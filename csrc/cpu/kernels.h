@@ -19,6 +19,8 @@ struct Kernels {
   void (*bn_act)(const BnAct&, const ParallelFor&);
   void (*act_pw_residual)(const ActPwResidual&, const ParallelFor&);
   void (*act_pw_residual_backward)(const ActPwResidualBackward&, const ParallelFor&);
+  void (*pconv3x3_backward)(const PConv3x3Backward&, const ParallelFor&);
+  void (*patch_conv_backward)(const PatchConvBackward&, const ParallelFor&);
 };
 extern const Kernels kKernelsGeneric;
 #ifdef FASTERNET_HAVE_X86

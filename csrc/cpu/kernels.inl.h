@@ -1014,6 +1014,8 @@ const Kernels FASTERNET_KERNELS = {FASTERNET_ISA,
                                    FASTERNET_ISA_NAMESPACE::pw_stats_backward,
                                    FASTERNET_ISA_NAMESPACE::bn_act,
                                    FASTERNET_ISA_NAMESPACE::act_pw_residual,
-                                   FASTERNET_ISA_NAMESPACE::act_pw_residual_backward};
+                                   FASTERNET_ISA_NAMESPACE::act_pw_residual_backward,
+                                   FASTERNET_ISA_NAMESPACE::pconv3x3_backward,
+                                   FASTERNET_ISA_NAMESPACE::patch_conv_backward};
 
 }  // namespace fasternet

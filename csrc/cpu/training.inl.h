@@ -11,13 +11,14 @@
 // are cut into chunks of tiles that depend on the shape alone and added up in order, so that the bits never depend on
 // the number of threads.
 
-constexpr int64_t kColumnUnit = 32;           // columns are shared in multiples of it: whole tiles of the micro-kernels
-constexpr int64_t kPixelsPerThread = 512;     // with fewer, packing all weights for each thread shows: share columns
+constexpr int64_t kColumnUnit = 32;        // columns are shared in multiples of it: whole tiles of the micro-kernels
+constexpr int64_t kPixelsPerThread = 512;  // with fewer, packing all weights for each thread shows: share columns
 constexpr int64_t kBlockElements = 144 << 10;  // of a packed weight that is walked with once for all tiles: fits L2
-constexpr int64_t kChunkPixels = 512;         // of one partial sum of a weight gradient, at least
-constexpr int64_t kSmallWeight = 64 << 10;    // a larger weight's partial sums cost more: twice the pixels
+constexpr int64_t kChunkPixels = 512;          // of one partial sum of a weight gradient, at least
+constexpr int64_t kSmallWeight = 64 << 10;     // a larger weight's partial sums cost more: twice the pixels
 constexpr int64_t kMaxChunks = 32;
-constexpr int64_t kRowUnit = 24;  // rows of a weight gradient are shared in multiples of it: of every micro-kernel's rows
+constexpr int64_t kRowUnit =
+    24;  // rows of a weight gradient are shared in multiples of it: of every micro-kernel's rows
 constexpr int64_t kSumRows = 16;  // values in one chain of additions
 
 // ---- Vectors of channels --------------------------------------------------------------------------------------------
@@ -39,40 +40,93 @@ template <class T>
 using LanesOf = typename Lanes<T>::V;
 
 constexpr int kFloatLanes = Lanes<float>::kLanes;
-typedef uint16_t HalfWords __attribute__((vector_size(2 * kFloatLanes)));
-typedef uint32_t Words __attribute__((vector_size(4 * kFloatLanes)));
 
-inline LanesOf<float> load_vector(const float* p) { return load<LanesOf<float>>(p); }
-inline double load_vector(const double* p) { return *p; }
-inline LanesOf<float> load_vector(const bf16* p) {
-  const Words bits = __builtin_convertvector(load<HalfWords>(p), Words) << 16;
-  return load<LanesOf<float>>(&bits);
+// Loads and stores of vectors V, or of one value, with the conversion from and to storage.
+template <class V, class S>
+inline V load_as(const S* p) {
+  if constexpr (Same<V, float>::value || Same<V, double>::value) {
+    return to_compute(*p);
+  } else if constexpr (Same<S, bf16>::value) {
+    using Halves = typename VecOf<uint16_t, sizeof(V) / 2>::type;
+    using Words = typename VecOf<uint32_t, sizeof(V)>::type;
+    const Words bits = __builtin_convertvector(load<Halves>(p), Words) << 16;
+    return load<V>(&bits);
+  } else {
+    return load<V>(p);
+  }
 }
-inline void store_vector(LanesOf<float> v, float* p) { store(p, v); }
-inline void store_vector(double v, double* p) { *p = v; }
-inline void store_vector(LanesOf<float> v, bf16* p) {  // as to_storage
-  Words bits;
-  store(&bits, v);
-  const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  store(p, __builtin_convertvector((v != v ? (bits | 0x400000) : rounded) >> 16, HalfWords));
+template <class V, class S>
+inline void store_as(V v, S* p) {
+  if constexpr (Same<V, float>::value || Same<V, double>::value) {
+    to_storage(v, p);
+  } else if constexpr (Same<S, bf16>::value) {  // as to_storage
+    using Halves = typename VecOf<uint16_t, sizeof(V) / 2>::type;
+    using Words = typename VecOf<uint32_t, sizeof(V)>::type;
+    Words bits;
+    store(&bits, v);
+    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    store(p, __builtin_convertvector((v != v ? (bits | 0x400000) : rounded) >> 16, Halves));
+  } else {
+    store(p, v);
+  }
 }
 
 // The first n channels at p; the others are zero.
 template <class T, class S>
 inline LanesOf<T> load_part(const S* p, int64_t n) {
   constexpr int kLanes = Lanes<T>::kLanes;
-  if (n >= kLanes) return load_vector(p);
+  if (n >= kLanes) return load_as<LanesOf<T>>(p);
   T part[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) part[i] = to_compute(p[i]);
-  return load_vector(part);
+  return load_as<LanesOf<T>>(part);
 }
 template <class T, class S>
 inline void store_part(LanesOf<T> v, S* p, int64_t n) {
   constexpr int kLanes = Lanes<T>::kLanes;
-  if (n >= kLanes) return store_vector(v, p);
+  if (n >= kLanes) return store_as(v, p);
   T part[kLanes];
-  store_vector(v, part);
+  store_as(v, part);
   for (int64_t i = 0; i < n; ++i) to_storage(part[i], p + i);
+}
+
+// f.template run<V>(j) on vectors that cover [0, columns) and nothing else: whole ones, the last of which may overlap
+// the one before it, or where there are too few columns narrower ones. f must not mind being run twice on a column.
+template <class T, class F>
+inline void for_columns(int64_t columns, const F& f) {
+  using V = LanesOf<T>;
+  constexpr int64_t kLanes = Lanes<T>::kLanes;
+  if constexpr (Same<T, double>::value) {
+    for (int64_t j = 0; j < columns; ++j) f.template run<double>(j);
+  } else if (columns >= kLanes) {
+    for (int64_t j = 0; j < columns - kLanes; j += kLanes) f.template run<V>(j);
+    f.template run<V>(columns - kLanes);
+  } else {
+    using Half = typename VecOf<float, FASTERNET_VECTOR_BYTES / 2>::type;
+    if (columns >= kLanes / 2) {
+      f.template run<Half>(0);
+      f.template run<Half>(columns - kLanes / 2);
+    } else {
+      for (int64_t j = 0; j < columns; ++j) f.template run<float>(j);
+    }
+  }
+}
+
+// to = from + add, where add is there.
+template <class S, class A, class D>
+struct Combine {
+  const S* from;
+  const A* add;
+  D* to;
+  template <class V>
+  void run(int64_t j) const {
+    V v = load_as<V>(from + j);
+    if (add) v += load_as<V>(add + j);
+    store_as(v, to + j);
+  }
+};
+template <class T, class S, class A, class D>
+inline void combine(const S* from, const A* add, D* to, int64_t columns) {
+  for_columns<T>(columns, Combine<S, A, D>{from, add, to});
 }
 
 // f(row0, row1, column, valid lanes) over blocks of kSumRows rows and one vector of columns. That order defeats the
@@ -89,7 +143,7 @@ template <class T>
 inline void add_lanes(LanesOf<T> v, int64_t n, double* sums) {
   constexpr int kLanes = Lanes<T>::kLanes;
   T part[kLanes];
-  store_vector(v, part);
+  store_as(v, part);
   if (n >= kLanes) {
     for (int i = 0; i < kLanes; ++i) sums[i] += part[i];
   } else {
@@ -104,18 +158,34 @@ int64_t row_pitch(int64_t columns) {
   return (ceil_div(columns, panel_width<T>()) | 1) * panel_width<T>();
 }
 
-// out[rows][out_stride] = source * factor[row], converted; the last vector of a row is filled up with zeros.
+// out[rows][out_stride] = source * factor[row], converted.
+template <class S, class T>
+struct Scaled {
+  const S* from;
+  T factor;
+  T* to;
+  template <class V>
+  void run(int64_t j) const {
+    store_as(load_as<V>(from + j) * factor, to + j);
+  }
+};
 template <class S, class T>
 void copy_rows(const S* source, int64_t stride, int64_t rows, int64_t columns, const T* factor, T* out,
                int64_t out_stride) {
-  constexpr int kLanes = Lanes<T>::kLanes;
   for (int64_t r = 0; r < rows; ++r, source += stride, out += out_stride) {
-    const T f = factor ? factor[r] : T(1);
-    for (int64_t j = 0; j < columns; j += kLanes) {
-      const LanesOf<T> v = load_part<T>(source + j, columns - j);
-      store_vector(factor ? v * f : v, out + j);
+    if (factor) {
+      for_columns<T>(columns, Scaled<S, T>{source, factor[r], out});
+    } else {
+      combine<T>(source, static_cast<const T*>(nullptr), out, columns);
     }
   }
+}
+
+// Scratch whose rows end in columns that are read but never written: left as they are they could hold numbers that are
+// slow to multiply.
+template <class T>
+void clear(T* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = 0;
 }
 
 // ---- Activations and their derivatives ------------------------------------------------------------------------------
@@ -292,7 +362,7 @@ struct BnActBackwardTile {
         sum += dt;
         product += dt * centred;
         if (dz) store_part<T>(dt * scale, dz + r * dz_stride + j, n);
-        if (a) store_vector(value, a + r * a_stride + j);
+        if (a) store_as(value, a + r * a_stride + j);
       }
       if (dshift) add_lanes<T>(sum, n, dshift + j);
       if (dscale) add_lanes<T>(product, n, dscale + j);
@@ -312,24 +382,23 @@ struct TotalGradient {
   const T* dm2;    // twice
 
   void tile(int64_t pixel, int64_t rows, int64_t column, int64_t columns, T* out, int64_t out_stride) const {
-    using V = LanesOf<T>;
-    for_blocks<T>(rows, columns, [&](int64_t row0, int64_t row1, int64_t j, int64_t n) {
-      const V centre = load_part<T>(mean + column + j, n), add = load_part<T>(dmean + column + j, n),
-              slope = load_part<T>(dm2 + column + j, n);
-      for (int64_t r = row0; r < row1; ++r) {
-        __builtin_prefetch(z + (pixel + r + kSumRows) * z_stride + column + j);
-        __builtin_prefetch(dz + (pixel + r + kSumRows) * dz_stride + column + j);
-        const V centred = load_part<T>(z + (pixel + r) * z_stride + column + j, n) - centre;
-        const V g = load_part<T>(dz + (pixel + r) * dz_stride + column + j, n) + add;
-        store_vector(centred * slope + g, out + r * out_stride + j);
+    constexpr int kLanes = Lanes<T>::kLanes;
+    for (int64_t r = 0; r < rows; ++r) {
+      const S* const from_z = z + (pixel + r) * z_stride + column;
+      const S* const from_dz = dz + (pixel + r) * dz_stride + column;
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        const int64_t n = columns - j;
+        const LanesOf<T> centred = load_part<T>(from_z + j, n) - load_part<T>(mean + column + j, n);
+        const LanesOf<T> g = load_part<T>(from_dz + j, n) + load_part<T>(dmean + column + j, n);
+        store_as(centred * load_part<T>(dm2 + column + j, n) + g, out + r * out_stride + j);
       }
-    });
+    }
   }
 };
 
 // mean = pivot + off and m2 (sum of squared deviations from it) of each column. Deviations are taken from a pivot, the
-// mean of the first pixels, which keeps the digits of channels far from zero: it is off the tile's own mean by so little
-// that m2 = sum d^2 - (sum d)^2 / rows loses at most a factor rows / 8 in relative error, whatever the values.
+// mean of the first pixels, which keeps the digits of channels far from zero: it is off the tile's own mean by so
+// little that m2 = sum d^2 - (sum d)^2 / rows loses at most a factor rows / 8 in relative error, whatever the values.
 template <class S, class T>
 void tile_statistics(const S* z, int64_t stride, int64_t rows, int64_t columns, double* pivots, double* offs,
                      double* m2) {
@@ -353,9 +422,9 @@ void tile_statistics(const S* z, int64_t stride, int64_t rows, int64_t columns, 
       square += block_square;
     }
     T parts[3][kLanes];
-    store_vector(pivot, parts[0]);
-    store_vector(sum, parts[1]);
-    store_vector(square, parts[2]);
+    store_as(pivot, parts[0]);
+    store_as(sum, parts[1]);
+    store_as(square, parts[2]);
     for (int64_t i = 0; i < clip(kLanes, n); ++i) {
       const double total = parts[1][i], off = total / static_cast<double>(rows), left = parts[2][i] - total * off;
       pivots[j + i] = parts[0][i];
@@ -367,8 +436,8 @@ void tile_statistics(const S* z, int64_t stride, int64_t rows, int64_t columns, 
 
 // ---- Operands -------------------------------------------------------------------------------------------------------
 
-// Packs B[k][n] = w[n * n_stride + k * k_stride] * n_scale[n] * k_scale[k] in the panels of Packed, without a shift. One
-// of the strides is 1.
+// Packs B[k][n] = w[n * n_stride + k * k_stride] * n_scale[n] * k_scale[k] in the panels of Packed, without a shift.
+// One of the strides is 1.
 template <class S, class T>
 void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k, const T* n_scale,
                   const T* k_scale, T* out) {
@@ -495,8 +564,8 @@ struct OuterTable {
 template <class T, int kVecs>
 constexpr OuterTable<T, kVecs> kOuter{};
 
-// c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], kOuterDepth pixels at a time, which keeps the rounding error
-// of many pixels near that of a few. Rows of b are readable to whole vectors.
+// c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], kOuterDepth pixels at a time, which keeps the rounding
+// error of many pixels near that of a few. Rows of b are readable to whole vectors.
 constexpr int64_t kOuterDepth = 32;
 template <class T>
 void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t pixels,
@@ -592,14 +661,10 @@ struct Extent {
 // ---- The 3x3 convolution of all pixels ------------------------------------------------------------------------------
 
 // Rows row0 - 1 .. row1 of a tile and the columns around it, zero outside the image, rows of other images as they are;
-// after them a row of zeros. Pixels are copied in whole vectors where x has `readable` channels that may be read: what is
-// copied too much is overwritten by the next pixel.
+// after them a row of zeros.
 template <class S, class T>
-void load_padded_tile(const Image<S>& x, int64_t channels, int64_t readable, const Extent& extent,
-                      const Tiling::Tile& t, T* padded) {
-  constexpr int kLanes = Lanes<T>::kLanes;
+void load_padded_tile(const Image<S>& x, int64_t channels, const Extent& extent, const Tiling::Tile& t, T* padded) {
   const int64_t padded_row = (t.columns() + 2) * channels;
-  const bool whole = round_up(channels, kLanes) <= readable;
   for (int64_t row = t.row0 - 1; row <= t.row1; ++row) {
     if (row < 0 || row >= extent.rows) continue;
     T* out = padded + (row - t.row0 + 1) * padded_row;
@@ -608,11 +673,7 @@ void load_padded_tile(const Image<S>& x, int64_t channels, int64_t readable, con
         for (int64_t c = 0; c < channels; ++c) out[c] = 0;
         continue;
       }
-      const S* const source = x.at(row / extent.height, row % extent.height, column);
-      for (int64_t c = 0; c < channels; c += kLanes) {
-        const int64_t n = whole ? kLanes : channels - c;
-        store_part<T>(load_part<T>(source + c, n), out + c, n);
-      }
+      combine<T>(x.at(row / extent.height, row % extent.height, column), static_cast<const T*>(nullptr), out, channels);
     }
   }
   T* const zeros = padded + (t.row1 - t.row0 + 2) * padded_row;
@@ -624,10 +685,10 @@ inline int64_t padded_elements(const Tiling& tiling, int64_t channels) {
 
 // Columns of the convolution of a tile into u: w is packed for them, K runs over `channels` channels of x.
 template <class S, class T>
-void conv3x3_tile(const Image<S>& x, int64_t channels, int64_t readable, const Extent& extent, const Tiling::Tile& t,
-                  const Packed<T>& w, T* padded, RowGroup<T>* groups, T* u, int64_t u_stride) {
+void conv3x3_tile(const Image<S>& x, int64_t channels, const Extent& extent, const Tiling::Tile& t, const Packed<T>& w,
+                  T* padded, RowGroup<T>* groups, T* u, int64_t u_stride) {
   const int64_t columns = t.columns(), padded_row = (columns + 2) * channels;
-  load_padded_tile<S, T>(x, channels, readable, extent, t, padded);
+  load_padded_tile<S, T>(x, channels, extent, t, padded);
   const T* const zeros = padded + (t.row1 - t.row0 + 2) * padded_row;
   Gemm<T> g = {};
   g.groups = groups;
@@ -649,10 +710,10 @@ void conv3x3_tile(const Image<S>& x, int64_t channels, int64_t readable, const E
   g.c_stride = u_stride;
   gemm(g);
 }
-// u[pixels][u_stride] = the 3x3 convolution of the first c_partial of x's `channels` channels, or its transpose;
-// u_stride is at least c_partial rounded up to half a panel.
+// u[pixels][u_stride] = the 3x3 convolution of the first c_partial channels of x, or its transpose; u_stride is at
+// least c_partial rounded up to half a panel.
 template <class W, class S, class T>
-void conv3x3_all(const Image<S>& x, int64_t channels, int64_t c_partial, const W* w, bool transposed, const Extent& extent, T* u,
+void conv3x3_all(const Image<S>& x, int64_t c_partial, const W* w, bool transposed, const Extent& extent, T* u,
                  int64_t u_stride, const ParallelFor& parallel) {
   const Tiling& tiling = extent.tiling;
   const Share share(extent.pixels, c_partial, 9 * c_partial, parallel.num_threads);
@@ -672,8 +733,8 @@ void conv3x3_all(const Image<S>& x, int64_t channels, int64_t c_partial, const W
       const Packed<T> part(packed, b1 - b0, 9 * c_partial);
       for (int64_t i = tile0; i < tile1; ++i) {
         const Tiling::Tile t = tiling.tile(i);
-        conv3x3_tile<S, T>(x, c_partial, channels, extent, t, part, padded, groups,
-                           u + t.pixel(extent.width) * u_stride + b0, u_stride);
+        conv3x3_tile<S, T>(x, c_partial, extent, t, part, padded, groups, u + t.pixel(extent.width) * u_stride + b0,
+                           u_stride);
       }
     }
   });
@@ -702,7 +763,7 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
     m2s = shared.take<double>(tiling.tiles * c_out);
     u_all = shared.take<T>(fused ? 0 : extent.pixels * u_stride);
   }
-  if (!fused) conv3x3_all<S, S, T>(x, channels, c_partial, w_partial, false, extent, u_all, u_stride, parallel);
+  if (!fused) conv3x3_all<S, S, T>(x, c_partial, w_partial, false, extent, u_all, u_stride, parallel);
   share_out(parallel, share, tiling.tiles, c_out, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
     T *packed_partial, *packed, *padded, *u_tile, *out;
     RowGroup<T>*conv_groups, *groups;
@@ -730,7 +791,7 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
         const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
         const T* u = fused ? u_tile : u_all + pixel * u_stride;
         if (fused) {
-          conv3x3_tile<S, T>(x, c_partial, channels, extent, t, partial, padded, conv_groups, u_tile, u_stride);
+          conv3x3_tile<S, T>(x, c_partial, extent, t, partial, padded, conv_groups, u_tile, u_stride);
         }
         Gemm<T> g = {};
         mixed.fill(&g, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
@@ -803,24 +864,23 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
   const S *const z = static_cast<const S*>(args.z), *const w = static_cast<const S*>(args.w_pw2);
   const R* const residual = static_cast<const R*>(args.residual);
   R* const y = static_cast<R*>(args.y);
-  const T *const layer_scale = static_cast<const T*>(args.layer_scale),
-          *const sample_scale = static_cast<const T*>(args.sample_scale);
+  const T *const layer_scale = static_cast<const T*>(args.layer_scale), *const sample_scale =
+                                                                            static_cast<const T*>(args.sample_scale);
   const Norm<T> norm = norm_of<T>(args.mean, args.scale, args.shift);
   const Share share(extent.pixels, channels, c_hidden, parallel.num_threads);
   // Tile by tile the activation lives in scratch, a chunk of hidden channels at a time; else all of it is made first.
   const bool fused = share.tile_by_tile(channels);
   const int64_t chunk = fused ? chunk_width<T>(c_hidden, kHiddenChunk) : c_hidden, a_stride = row_pitch<T>(chunk);
-  T* const a_all = fused ? nullptr
-                         : static_cast<T*>(scratch(kSlotShared, extent.pixels * a_stride *
-                                                                    static_cast<int64_t>(sizeof(T))));
+  T* const a_all =
+      fused ? nullptr
+            : static_cast<T*>(scratch(kSlotShared, extent.pixels * a_stride * static_cast<int64_t>(sizeof(T))));
   if (!fused) {
     parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const Tiling::Tile t = tiling.tile(i);
         const int64_t pixel = t.pixel(args.width);
-        with_act(args.act,
-                 BnActTile<S, T, T, true>{z + pixel * args.z_pixel_stride, args.z_pixel_stride, t.pixels(), c_hidden,
-                                          norm, a_all + pixel * a_stride, a_stride});
+        with_act(args.act, BnActTile<S, T, T, true>{z + pixel * args.z_pixel_stride, args.z_pixel_stride, t.pixels(),
+                                                    c_hidden, norm, a_all + pixel * a_stride, a_stride});
       }
     });
   }
@@ -860,9 +920,8 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
         for (int64_t k = 0; k < c_hidden; k += chunk) {
           const int64_t depth = clip(chunk, c_hidden - k);
           if (fused) {
-            with_act(args.act,
-                     BnActTile<S, T, T, true>{z + pixel * args.z_pixel_stride + k, args.z_pixel_stride, pixels, depth,
-                                              norm.at(k), a_tile, a_stride});
+            with_act(args.act, BnActTile<S, T, T, true>{z + pixel * args.z_pixel_stride + k, args.z_pixel_stride,
+                                                        pixels, depth, norm.at(k), a_tile, a_stride});
           }
           g.k_begin = k;
           g.segment_k[0] = depth;
@@ -900,8 +959,8 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
   const S *const grad = static_cast<const S*>(args.grad), *const z = static_cast<const S*>(args.z),
                  *const w = static_cast<const S*>(args.w_pw2);
   S *const dz = static_cast<S*>(args.dz), *const dw = static_cast<S*>(args.dw_pw2);
-  const T *const layer_scale = static_cast<const T*>(args.layer_scale),
-          *const sample_scale = static_cast<const T*>(args.sample_scale);
+  const T *const layer_scale = static_cast<const T*>(args.layer_scale), *const sample_scale =
+                                                                            static_cast<const T*>(args.sample_scale);
   const Norm<T> norm = norm_of<T>(args.mean, args.scale, args.shift);
   const bool need_sample = args.dsample_scale != nullptr, need_products = dw || args.dlayer_scale;
   const bool need_da = dz || args.dmean || args.dscale || args.dshift || need_sample;
@@ -937,6 +996,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
       factor = carver.take<T>(sample_scale ? tiling.max_pixels() : 0);
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
+    if (need_products) clear(a, tiling.max_pixels() * hidden_stride);
     double *const dshift = dshifts + chunk * c_hidden, *const dscale = dscales + chunk * c_hidden;
     for (int64_t h = n0; h < n1; ++h) dshift[h] = dscale[h] = 0;
     double* const dsample = dsamples + chunk * args.batch * units;
@@ -1073,6 +1133,112 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
   });
 }
 
+// ---- The gradients of the 3x3 convolution ---------------------------------------------------------------------------
+
+// dx[:, :c_partial] = the transposed convolution of du, dy added where there is one, and dweight = sum over pixels of
+// du^T times the patches of x. dx and dweight may be null.
+template <class S, class T>
+struct Conv3x3Gradients {
+  const Extent* extent;
+  const Chunks* chunks;
+  int64_t c_partial;
+  const S* weight;
+  const T* du;
+  int64_t du_stride;
+  const S* dy;
+  int64_t dy_stride;
+  S* dx;
+  int64_t dx_stride;
+  S* dweight;
+  // Scratch: the transposed convolution, and each chunk's sums by (output channel, kernel row, column and channel).
+  T* partial;
+  T* products;
+
+  int64_t partial_stride() const { return padded_n(c_partial, sizeof(T)); }
+  int64_t tap_stride() const { return round_up(3 * c_partial, panel_width<T>()); }
+  void take(Carver* carver) {
+    partial = carver->take<T>(dx ? extent->pixels * partial_stride() : 0);
+    products = carver->take<T>(dweight ? chunks->count * c_partial * 3 * tap_stride() : 0);
+  }
+};
+
+template <class S, class T>
+void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, const ParallelFor& parallel) {
+  const Extent& extent = *args.extent;
+  const Tiling& tiling = extent.tiling;
+  const Chunks& chunks = *args.chunks;
+  const int64_t c_partial = args.c_partial, tap_stride = args.tap_stride(), du_stride = args.du_stride;
+  const int64_t height = extent.height, width = extent.width;
+  if (args.dx) {
+    const Image<T> image = channels_last<T>(args.du, height, width, du_stride);
+    conv3x3_all<S, T, T>(image, c_partial, args.weight, true, extent, args.partial, args.partial_stride(), parallel);
+    parallel_for(parallel, ceil_div(extent.pixels, kSumRows), [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin * kSumRows; p < clip(end * kSumRows, extent.pixels); ++p) {
+        combine<T>(args.partial + p * args.partial_stride(), args.dy ? args.dy + p * args.dy_stride : nullptr,
+                   args.dx + p * args.dx_stride, c_partial);
+      }
+    });
+  }
+
+  if (args.dweight) {
+    // In the padded rows of x the patches of neighbouring pixels overlap: one kernel row of a patch is 3 c_partial
+    // values in a row, the next pixel's begin c_partial further on. Short rows are copied into one run of pixels.
+    const bool copied = tiling.max_columns() < kOuterDepth * 3 / 4;
+    const int64_t patch_stride = row_pitch<T>(3 * c_partial);
+    share_chunks(parallel, chunks, c_partial, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
+      T *padded, *patches;
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        padded = carver.take<T>(padded_elements(tiling, c_partial));
+        patches = carver.take<T>(copied ? tiling.max_pixels() * patch_stride : 0);
+      }
+      clear(patches, copied ? tiling.max_pixels() * patch_stride : 0);
+      T* const product = args.products + (chunk * c_partial + n0) * 3 * tap_stride;
+      clear(product, (n1 - n0) * 3 * tap_stride);
+      for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
+        const Tiling::Tile t = tiling.tile(i);
+        const int64_t columns = t.columns(), padded_row = (columns + 2) * c_partial;
+        const T* const du_tile = args.du + t.pixel(width) * du_stride + n0;
+        load_padded_tile<S, T>(x, c_partial, extent, t, padded);
+        for (int64_t tap = 0; tap < 3; ++tap) {
+          for (int64_t row = t.row0; row < t.row1; ++row) {
+            const int64_t y = row % height + tap - 1, pixel = (row - t.row0) * columns;
+            const bool inside = y >= 0 && y < height;
+            const T* const from = padded + (row - t.row0 + (inside ? tap : t.row1 - row + 2)) * padded_row;
+            if (copied) {
+              copy_rows<T, T>(from, c_partial, columns, 3 * c_partial, nullptr, patches + pixel * patch_stride,
+                              patch_stride);
+            } else if (inside) {
+              add_products<T>(du_tile + pixel * du_stride, du_stride, n1 - n0, from, c_partial, tap_stride, columns,
+                              true, product + tap * tap_stride, 3 * tap_stride);
+            }
+          }
+          if (copied) {
+            add_products<T>(du_tile, du_stride, n1 - n0, patches, patch_stride, tap_stride, t.pixels(), true,
+                            product + tap * tap_stride, 3 * tap_stride);
+          }
+        }
+      }
+    });
+    parallel_for(parallel, c_partial, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        T* const sum = args.products + n * 3 * tap_stride;
+        for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+          const T* const part = sum + chunk * c_partial * 3 * tap_stride;
+          for (int64_t k = 0; k < 3 * tap_stride; ++k) sum[k] += part[k];
+        }
+        for (int64_t c = 0; c < c_partial; ++c) {
+          for (int64_t tap = 0; tap < 9; ++tap) {
+            const T value = tiling.tiles ? sum[tap / 3 * tap_stride + tap % 3 * c_partial + c] : T(0);
+            to_storage(value, args.dweight + (n * c_partial + c) * 9 + tap);
+          }
+        }
+      }
+    });
+  }
+}
+
 // ---- pw_stats_backward ----------------------------------------------------------------------------------------------
 
 // Four passes: u again, for dw_pw alone; du, whose untouched channels are dx; dw_pw; and through the 3x3 convolution
@@ -1090,7 +1256,6 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
            *const dw_pw = static_cast<S*>(args.dw_pw);
   const int64_t u_stride = padded_n(c_partial, sizeof(T)), du_stride = row_pitch<T>(c_partial);
   const int64_t pw_stride = round_up(channels, panel_width<T>());
-  const int64_t tap_stride = round_up(3 * c_partial, panel_width<T>());  // of a kernel row's products
   const bool need_du = dx || dw_partial;
   bool direct = false;
   if constexpr (Same<S, T>::value) direct = chunks.count == 1 && tiling.tiles > 0;
@@ -1098,7 +1263,10 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   const Share share(extent.pixels, n_du, c_out, parallel.num_threads);
   const bool fused = dw_pw && need_du && share.tile_by_tile(n_du) &&
                      (chunks.count % parallel.num_threads == 0 || chunks.count >= 4 * parallel.num_threads);
-  T *dmean, *dm2, *u, *du, *dx_partial, *pw_products, *partial_products;
+  T *dmean, *dm2, *u, *du, *pw_products;
+  Conv3x3Gradients<S, T> through = {
+      &extent, &chunks,  c_partial,  w_partial, nullptr, du_stride, dy, args.dy_pixel_stride,
+      dx,      channels, dw_partial, nullptr,   nullptr};
   Carver shared;
   for (int round = 0; round < 2; ++round) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
@@ -1106,10 +1274,10 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     dm2 = shared.take<T>(c_out);
     u = shared.take<T>(dw_pw && !fused ? extent.pixels * u_stride : 0);
     du = shared.take<T>(need_du ? extent.pixels * du_stride : 0);
-    dx_partial = shared.take<T>(dx ? extent.pixels * u_stride : 0);
     pw_products = shared.take<T>(dw_pw && !direct ? chunks.count * c_out * pw_stride : 0);
-    partial_products = shared.take<T>(dw_partial ? chunks.count * c_partial * 3 * tap_stride : 0);
+    through.take(&shared);
   }
+  through.du = du;
   const T count = static_cast<T>(extent.pixels > 0 ? extent.pixels : 1);
   for (int64_t c = 0; c < c_out; ++c) {
     dmean[c] = static_cast<const T*>(args.dmean)[c] / count;
@@ -1131,29 +1299,17 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     for (int64_t p = 0; p < pixels; ++p) {
       const T* const sum = sums + p * stride;
       T* const partial = du + (pixel + p) * du_stride;
-      for (int64_t c = b0; c < split; c += Lanes<T>::kLanes) {
-        store_part<T>(load_part<T>(sum + c - b0, split - c), partial + c, split - c);
-      }
+      combine<T>(sum, static_cast<const T*>(nullptr), partial + b0, split - b0);
       if (!dx) continue;
-      S* const to = dx + (pixel + p) * channels;
-      const S* const add = dy ? dy + (pixel + p) * args.dy_pixel_stride : nullptr;
-      for (int64_t c = split; c < b1; c += Lanes<T>::kLanes) {
-        LanesOf<T> v = load_part<T>(sum + c - b0, b1 - c);
-        if (add) v += load_part<T>(add + c, b1 - c);
-        store_part<T>(v, to + c, b1 - c);
-      }
+      combine<T>(sum + split - b0, dy ? dy + (pixel + p) * args.dy_pixel_stride + split : nullptr,
+                 dx + (pixel + p) * channels + split, b1 - split);
     }
   };
   // u of a tile from x and the convolved channels.
   const auto load_u = [&](int64_t pixel, int64_t pixels, const T* convolved, T* rows) {
-    copy_rows<S, T>(x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels, channels, nullptr, rows,
-                    all_stride);
-    for (int64_t p = 0; p < pixels; ++p) {
-      for (int64_t c = 0; c < c_partial; c += Lanes<T>::kLanes) {
-        store_part<T>(load_part<T>(convolved + p * u_stride + c, c_partial - c), rows + p * all_stride + c,
-                      c_partial - c);
-      }
-    }
+    copy_rows<T, T>(convolved, u_stride, pixels, c_partial, nullptr, rows, all_stride);
+    copy_rows<S, T>(x.data + pixel * args.x_pixel_stride + c_partial, args.x_pixel_stride, pixels, channels - c_partial,
+                    nullptr, rows + c_partial, all_stride);
   };
   T* pw_product = pw_products;
   int64_t product_stride = pw_stride, product_columns = pw_stride;
@@ -1163,8 +1319,8 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
       product_stride = product_columns = channels;
     }
   }
-  const auto gemm_of = [](const T* dz, const int64_t& dz_stride, int64_t pixels, const Packed<T>& w, RowGroup<T>* groups,
-                          T* sums) {
+  const auto gemm_of = [](const T* dz, const int64_t& dz_stride, int64_t pixels, const Packed<T>& w,
+                          RowGroup<T>* groups, T* sums) {
     Gemm<T> g = {};
     g.groups = groups;
     g.n_groups = add_groups<T>(groups, 0, pixels, 1, &dz, &dz_stride);
@@ -1197,6 +1353,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
         rows = carver.take<T>(tiling.max_pixels() * all_stride);
         groups = carver.take<RowGroup<T>>(tiling.max_groups());
       }
+      clear(rows, tiling.max_pixels() * all_stride);
       pack_conv3x3(w_partial, c_partial, false, 0, c_partial, packed_partial);
       pack_operand<S, T>(w_pw, 1, channels, n_du, c_out, nullptr, nullptr, packed);
       const Packed<T> partial(packed_partial, c_partial, 9 * c_partial), pw(packed, n_du, c_out);
@@ -1207,7 +1364,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           total.tile(pixel, pixels, 0, c_out, dz, dz_stride);
           gemm(gemm_of(dz, dz_stride, pixels, pw, groups, sums));
           store_du(pixel, pixels, 0, n_du, sums, pw.n_padded);
-          conv3x3_tile<S, T>(x, c_partial, channels, extent, t, partial, padded, groups, u_tile, u_stride);
+          conv3x3_tile<S, T>(x, c_partial, extent, t, partial, padded, groups, u_tile, u_stride);
           load_u(pixel, pixels, u_tile, rows);
           add_products<T>(dz, dz_stride, c_out, rows, all_stride, product_columns, pixels, i > chunks.begin(chunk),
                           pw_product + chunk * c_out * product_stride, product_stride);
@@ -1251,7 +1408,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   if (dw_pw && !fused) {
     constexpr int64_t kRowBlock = 10 * kRowUnit;
     const int64_t dz_stride = row_pitch<T>(kRowBlock);
-    conv3x3_all<S, S, T>(x, channels, c_partial, w_partial, false, extent, u, u_stride, parallel);
+    conv3x3_all<S, S, T>(x, c_partial, w_partial, false, extent, u, u_stride, parallel);
     share_chunks(parallel, chunks, c_out, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
       T *dz, *rows;
       Carver carver;
@@ -1260,6 +1417,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
         dz = carver.take<T>(tiling.max_pixels() * dz_stride);
         rows = carver.take<T>(tiling.max_pixels() * all_stride);
       }
+      clear(rows, tiling.max_pixels() * all_stride);
       for (int64_t b0 = n0; b0 < n1; b0 += kRowBlock) {
         const int64_t b1 = clip(b0 + kRowBlock, n1);
         for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
@@ -1285,80 +1443,211 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
       }
     });
   }
+  conv3x3_gradients<S, T>(through, x, parallel);
+}
 
-  if (dx) {
-    const Image<T> image = channels_last<T>(du, args.height, args.width, du_stride);
-    conv3x3_all<S, T, T>(image, du_stride, c_partial, w_partial, true, extent, dx_partial, u_stride, parallel);
-    parallel_for(parallel, ceil_div(extent.pixels, kSumRows), [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin * kSumRows; p < clip(end * kSumRows, extent.pixels); ++p) {
-        S* const to = dx + p * channels;
-        const S* const add = dy ? dy + p * args.dy_pixel_stride : nullptr;
-        const T* const from = dx_partial + p * u_stride;
-        for (int64_t c = 0; c < c_partial; c += Lanes<T>::kLanes) {
-          LanesOf<T> v = load_part<T>(from + c, c_partial - c);
-          if (add) v += load_part<T>(add + c, c_partial - c);
-          store_part<T>(v, to + c, c_partial - c);
+// ---- pconv3x3_backward ----------------------------------------------------------------------------------------------
+
+template <class S, class T>
+void pconv3x3_backward_as(const PConv3x3Backward& args, const ParallelFor& parallel) {
+  const int64_t channels = args.channels, c_partial = args.c_partial;
+  const Extent extent(args.batch, args.height, args.width);
+  const Chunks chunks(extent.tiling.tiles, extent.pixels, 9 * c_partial * c_partial);
+  const S* const grad = static_cast<const S*>(args.grad);
+  S* const dx = static_cast<S*>(args.dx);
+  const int64_t du_stride = row_pitch<T>(c_partial);
+  Conv3x3Gradients<S, T> gradients = {
+      &extent, &chunks, c_partial, static_cast<const S*>(args.weight), nullptr, du_stride, nullptr,
+      0,       dx,      channels,  static_cast<S*>(args.dweight),      nullptr, nullptr};
+  T* du;
+  Carver shared;
+  for (int round = 0; round < 2; ++round) {
+    if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
+    du = shared.take<T>(extent.pixels * du_stride);
+    gradients.take(&shared);
+  }
+  gradients.du = du;
+  parallel_for(parallel, ceil_div(extent.pixels, kSumRows), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kSumRows, rows = clip(end * kSumRows, extent.pixels) - first;
+    const S* const from = grad + first * args.grad_pixel_stride;
+    copy_rows<S, T>(from, args.grad_pixel_stride, rows, c_partial, nullptr, du + first * du_stride, du_stride);
+    if (dx) {
+      copy_channels<S>(from + c_partial, 1, args.grad_pixel_stride, dx + first * channels + c_partial, 1, channels,
+                       rows, channels - c_partial);
+    }
+  });
+  conv3x3_gradients<S, T>(gradients, channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride), parallel);
+}
+
+// ---- patch_conv_backward --------------------------------------------------------------------------------------------
+
+// Patches are rows of K = (kernel row, kernel column, channel), as in patch_conv. With P = sum over pixels of
+// grad^T * patches, dweight = scale * P and dscale = sum over K of weight * P.
+template <class S, class T>
+void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& parallel) {
+  const int64_t channels = args.channels, c_out = args.c_out, taps = args.kh * args.kw;
+  const int64_t run = args.kw * channels, depth = args.kh * run;
+  const int64_t out_height = args.height / args.kh, out_width = args.width / args.kw;
+  const Extent extent(args.batch, out_height, out_width);
+  const Tiling& tiling = extent.tiling;
+  const Chunks chunks(tiling.tiles, extent.pixels, c_out * depth);
+  const Image<S> x = image<S>(args.x, args.x_stride);
+  const S *const grad = static_cast<const S*>(args.grad), *const weight = static_cast<const S*>(args.weight);
+  const T* const scale = static_cast<const T*>(args.scale);
+  S *const dx = static_cast<S*>(args.dx), *const dweight = static_cast<S*>(args.dweight);
+  const bool need_products = dweight || args.dscale;
+  const int64_t product_stride = round_up(depth, panel_width<T>());
+  T *in_order, *products;  // the weight with its rows in the order of K, and each chunk's P
+  double* dshifts;
+  Carver shared;
+  for (int round = 0; round < 2; ++round) {
+    if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
+    in_order = shared.take<T>(c_out * depth);
+    products = shared.take<T>(need_products ? chunks.count * c_out * product_stride : 0);
+    dshifts = shared.take<double>(args.dshift ? chunks.count * c_out : 0);
+  }
+  if (dx || args.dscale) {
+    parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        for (int64_t c = 0; c < channels; ++c) {
+          const S* const from = weight + (n * channels + c) * taps;
+          T* const to = in_order + n * depth + c;
+          for (int64_t tap = 0; tap < taps; ++tap) to[tap * channels] = to_compute(from[tap]);
         }
       }
     });
   }
 
-  if (dw_partial) {
-    // In the padded rows of x the patches of neighbouring pixels overlap: one kernel row of a patch is 3 c_partial values
-    // in a row, the next pixel's begin c_partial further on. Short rows are copied into one run of pixels.
-    const bool copied = tiling.max_columns() < kOuterDepth * 3 / 4;
-    const int64_t patch_stride = row_pitch<T>(3 * c_partial);
-    share_chunks(parallel, chunks, c_partial, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
-      T *padded, *patches;
+  if (dx) {
+    const bool rest = out_height * args.kh != args.height || out_width * args.kw != args.width;
+    if (rest || tiling.tiles == 0) {
+      parallel_for(parallel, args.batch * args.height, [&](int64_t begin, int64_t end) {
+        const int64_t row = args.width * channels;
+        __builtin_memset(dx + begin * row, 0, static_cast<size_t>((end - begin) * row) * sizeof(S));
+      });
+    }
+    const Share share(extent.pixels, depth, c_out, parallel.num_threads);
+    const int64_t g_stride = row_pitch<T>(c_out);
+    share_out(parallel, share, tiling.tiles, depth, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
+      T *packed, *g_rows, *sums;
+      RowGroup<T>* groups;
       Carver carver;
       for (int round = 0; round < 2; ++round) {
         if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-        padded = carver.take<T>(padded_elements(tiling, c_partial));
-        patches = carver.take<T>(copied ? tiling.max_pixels() * patch_stride : 0);
+        packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
+        g_rows = carver.take<T>(tiling.max_pixels() * g_stride);
+        sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+        groups = carver.take<RowGroup<T>>(tiling.max_groups());
       }
-      T* const product = partial_products + (chunk * c_partial + n0) * 3 * tap_stride;
-      for (int64_t k = 0; k < (n1 - n0) * 3 * tap_stride; ++k) product[k] = 0;
-      for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
-        const Tiling::Tile t = tiling.tile(i);
-        const int64_t columns = t.columns(), padded_row = (columns + 2) * c_partial;
-        const T* const du_tile = du + t.pixel(args.width) * du_stride + n0;
-        load_padded_tile<S, T>(x, c_partial, channels, extent, t, padded);
-        for (int64_t tap = 0; tap < 3; ++tap) {
+      for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
+        const int64_t b1 = clip(b0 + share.block, n1);
+        pack_operand<T, T>(in_order + b0, 1, depth, b1 - b0, c_out, nullptr, scale, packed);
+        const Packed<T> part(packed, b1 - b0, c_out);
+        for (int64_t i = tile0; i < tile1; ++i) {
+          const Tiling::Tile t = tiling.tile(i);
+          copy_rows<S, T>(grad + t.pixel(out_width) * args.grad_pixel_stride, args.grad_pixel_stride, t.pixels(), c_out,
+                          nullptr, g_rows, g_stride);
+          Gemm<T> g = {};
+          const T* const rows[1] = {g_rows};
+          g.groups = groups;
+          g.n_groups = add_groups<T>(groups, 0, t.pixels(), 1, rows, &g_stride);
+          g.n_segments = 1;
+          g.segment_k[0] = c_out;
+          g.segment_stride[0] = g_stride;
+          g.b = &part;
+          g.n_end = part.n_padded;
+          g.c = sums;
+          g.c_stride = part.n_padded;
+          gemm(g);
+          const T* sum = sums;
           for (int64_t row = t.row0; row < t.row1; ++row) {
-            const int64_t y = row % args.height + tap - 1, pixel = (row - t.row0) * columns;
-            const bool inside = y >= 0 && y < args.height;
-            const T* const from = padded + (row - t.row0 + (inside ? tap : t.row1 - row + 2)) * padded_row;
-            if (copied) {
-              copy_rows<T, T>(from, c_partial, columns, 3 * c_partial, nullptr, patches + pixel * patch_stride,
-                              patch_stride);
-            } else if (inside) {
-              add_products<T>(du_tile + pixel * du_stride, du_stride, n1 - n0, from, c_partial, tap_stride, columns,
-                              true, product + tap * tap_stride, 3 * tap_stride);
+            for (int64_t column = t.column0; column < t.column1; ++column, sum += part.n_padded) {
+              for (int64_t dy = b0 / run; dy * run < b1; ++dy) {
+                const int64_t from = dy * run > b0 ? dy * run : b0, to = clip((dy + 1) * run, b1);
+                const int64_t y = row / out_height * args.height + row % out_height * args.kh + dy;
+                combine<T>(sum + from - b0, static_cast<const T*>(nullptr),
+                           dx + (y * args.width + column * args.kw) * channels + from - dy * run, to - from);
+              }
             }
-          }
-          if (copied) {
-            add_products<T>(du_tile, du_stride, n1 - n0, patches, patch_stride, tap_stride, t.pixels(), true,
-                            product + tap * tap_stride, 3 * tap_stride);
-          }
-        }
-      }
-    });
-    parallel_for(parallel, c_partial, [&](int64_t begin, int64_t end) {
-      for (int64_t n = begin; n < end; ++n) {
-        T* const sum = partial_products + n * 3 * tap_stride;
-        for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
-          const T* const part = sum + chunk * c_partial * 3 * tap_stride;
-          for (int64_t k = 0; k < 3 * tap_stride; ++k) sum[k] += part[k];
-        }
-        for (int64_t c = 0; c < c_partial; ++c) {
-          for (int64_t tap = 0; tap < 9; ++tap) {
-            const T value = tiling.tiles ? sum[tap / 3 * tap_stride + tap % 3 * c_partial + c] : T(0);
-            to_storage(value, dw_partial + (n * c_partial + c) * 9 + tap);
           }
         }
       }
     });
   }
+
+  if (need_products || args.dshift) {
+    const bool in_runs = (x.channel_stride == 1 || channels == 1) && x.pixel_stride == channels;
+    const int64_t g_stride = row_pitch<T>(c_out), patch_stride = row_pitch<T>(depth);
+    share_chunks(parallel, chunks, c_out, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
+      T *g_rows, *patches;
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        g_rows = carver.take<T>(tiling.max_pixels() * g_stride);
+        patches = carver.take<T>(tiling.max_pixels() * patch_stride);
+      }
+      clear(patches, tiling.max_pixels() * patch_stride);
+      double* const dshift = dshifts + chunk * c_out;
+      for (int64_t n = n0; args.dshift && n < n1; ++n) dshift[n] = 0;
+      for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
+        const Tiling::Tile t = tiling.tile(i);
+        copy_rows<S, T>(grad + t.pixel(out_width) * args.grad_pixel_stride + n0, args.grad_pixel_stride, t.pixels(),
+                        n1 - n0, nullptr, g_rows, g_stride);
+        for (int64_t p = 0; args.dshift && p < t.pixels(); ++p) {
+          for (int64_t n = n0; n < n1; ++n) dshift[n] += g_rows[p * g_stride + n - n0];
+        }
+        if (!need_products) continue;
+        T* patch = patches;
+        for (int64_t row = t.row0; row < t.row1; ++row) {
+          for (int64_t column = t.column0; column < t.column1; ++column, patch += patch_stride) {
+            for (int64_t dy = 0; dy < args.kh; ++dy) {
+              const S* const from = x.at(row / out_height, row % out_height * args.kh + dy, column * args.kw);
+              T* const to = patch + dy * run;
+              if (in_runs) {
+                combine<T>(from, static_cast<const T*>(nullptr), to, run);
+                continue;
+              }
+              for (int64_t c = 0; c < channels; ++c) {
+                for (int64_t tap = 0; tap < args.kw; ++tap) {
+                  to[tap * channels + c] = to_compute(from[c * x.channel_stride + tap * x.pixel_stride]);
+                }
+              }
+            }
+          }
+        }
+        add_products<T>(g_rows, g_stride, n1 - n0, patches, patch_stride, product_stride, t.pixels(),
+                        i > chunks.begin(chunk), products + (chunk * c_out + n0) * product_stride, product_stride);
+      }
+    });
+  }
+  for (int64_t n = 0; args.dshift && n < c_out; ++n) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) sum += dshifts[chunk * c_out + n];
+    static_cast<T*>(args.dshift)[n] = static_cast<T>(sum);
+  }
+  if (!need_products) return;
+  parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      T* const total = products + n * product_stride;
+      if (tiling.tiles == 0) clear(total, depth);
+      for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+        const T* const part = total + chunk * c_out * product_stride;
+        for (int64_t k = 0; k < depth; ++k) total[k] += part[k];
+      }
+      if (args.dscale) {
+        double sum = 0;
+        for (int64_t k = 0; k < depth; ++k) {
+          sum += static_cast<double>(in_order[n * depth + k]) * static_cast<double>(total[k]);
+        }
+        static_cast<T*>(args.dscale)[n] = static_cast<T>(sum);
+      }
+      const T factor = scale ? scale[n] : T(1);
+      for (int64_t c = 0; dweight && c < channels; ++c) {
+        S* const to = dweight + (n * channels + c) * taps;
+        for (int64_t tap = 0; tap < taps; ++tap) to_storage(total[tap * channels + c] * factor, to + tap);
+      }
+    }
+  });
 }
 
 // ---- The table ------------------------------------------------------------------------------------------------------
@@ -1385,4 +1674,12 @@ void act_pw_residual_backward(const ActPwResidualBackward& args, const ParallelF
   by_dtype<ActPwResidualBackward>(args.dtype, args, parallel, act_pw_residual_backward_as<float, float>,
                                   act_pw_residual_backward_as<double, double>,
                                   act_pw_residual_backward_as<bf16, float>);
+}
+void pconv3x3_backward(const PConv3x3Backward& args, const ParallelFor& parallel) {
+  by_dtype<PConv3x3Backward>(args.dtype, args, parallel, pconv3x3_backward_as<float, float>,
+                             pconv3x3_backward_as<double, double>, pconv3x3_backward_as<bf16, float>);
+}
+void patch_conv_backward(const PatchConvBackward& args, const ParallelFor& parallel) {
+  by_dtype<PatchConvBackward>(args.dtype, args, parallel, patch_conv_backward_as<float, float>,
+                              patch_conv_backward_as<double, double>, patch_conv_backward_as<bf16, float>);
 }
