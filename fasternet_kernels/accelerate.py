@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from . import library, ops
 from .modules import (
-    NORMS,
     BlockParts,
     FusedBlock,
     FusedPatchConv,
@@ -33,9 +32,9 @@ from .modules import (
     act_name,
     hooked,
     must_run_plainly,
-    uses_batch_statistics,
 )
 from .reference import ACTS, BLOCK, EMIT, HEAD, PATCH_CONV, compute_dtype
+from .training import NORMS, process_group, uses_batch_statistics
 from .watch import Watch, attributes, has
 
 _ops = torch.ops.fasternet_kernels
@@ -109,6 +108,7 @@ class _Record:
     known: list[tuple[tuple[str, ...], nn.Module]]  # all modules below it but the norm
     children: list[tuple[nn.Module, int]]  # how many each of them has
     settings: list[tuple[nn.Module, str, object]]  # see _settings
+    lean: bool = False  # see accelerate
 
 
 _PLAIN = (int, float, str, bool, type(None))
@@ -281,10 +281,16 @@ class SwappedBlock(_Swapped, FusedBlock):
         )
 
     def trains_unfused(self, p: BlockParts) -> bool:
-        # Without fused training kernels the original's own forward is the quicker one.
-        if uses_batch_statistics(p.norm) and p.pw1.weight.device.type not in _FUSED_TRAINING:
+        # Without fused training kernels the original's own forward is the quicker one. But it keeps
+        # more, and it does not share statistics among processes on the CPU.
+        kind = p.pw1.weight.device.type
+        asked_for = self.trains_lean() or (kind == "cpu" and process_group(p.norm) is not None)
+        if uses_batch_statistics(p.norm) and kind not in _FUSED_TRAINING and not asked_for:
             return True
         return super().trains_unfused(p)
+
+    def trains_lean(self) -> bool:
+        return self.__dict__[_RECORD].lean
 
     def __getstate__(self):
         return PackingModule.__getstate__(self)
@@ -303,6 +309,9 @@ class SwappedPatchConv(_Swapped, FusedPatchConv):
         if norm is not None and type(norm) not in (*NORMS, nn.Identity):
             return None
         return self.part("conv"), norm
+
+    def trains_lean(self) -> bool:
+        return self.__dict__[_RECORD].lean
 
     def __getstate__(self):
         return PackingModule.__getstate__(self)
@@ -474,8 +483,9 @@ def _randomised_copy(module: nn.Module) -> nn.Module:
     zero or one by chance."""
     if any(t.is_meta for t in module.state_dict(keep_vars=True).values()):
         raise _Refused("its parameters are on the meta device")
+    groups = [getattr(m, "process_group", None) for m in module.modules()]
     try:
-        twin = copy.deepcopy(module)
+        twin = copy.deepcopy(module, {id(group): group for group in groups if group is not None})
     except Exception as error:  # whatever the user put there: locks, files, tensors with history
         raise _Refused(f"it cannot be copied: {error}") from None
     for m in twin.modules():
@@ -486,6 +496,8 @@ def _randomised_copy(module: nn.Module) -> nn.Module:
             m._backward_pre_hooks,
         ):
             hooks.clear()
+        if type(m) is nn.SyncBatchNorm:  # of one process, also where there are several
+            m.__class__, m.process_group = nn.BatchNorm2d, None
     twin = twin.to(device="cpu", dtype=torch.float64)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -546,6 +558,7 @@ def _prove(module: nn.Module, match: _Match) -> None:
     _swap(ours, match.mixin, match.paths, match.act)
     if not ours.as_proved():  # it would run unfused, and prove nothing
         raise _Refused("global module hooks are registered")
+    ours.__dict__[_RECORD].lean = True  # trains fused on every device
     for training in (False, True):
         theirs.train(training)
         ours.train(training)
@@ -879,7 +892,7 @@ def _swap_innermost(
     return True
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def accelerate(model: nn.Module, *, lean: bool = False) -> nn.Module:
     """Swaps the FasterNet parts of ``model`` for fused modules, in place, and returns ``model``.
 
     Same parameters (the same objects), same state_dict keys, same answers, in ``train()`` and
@@ -891,10 +904,12 @@ def accelerate(model: nn.Module) -> nn.Module:
     Calling it again is harmless, and needed after replacing modules.
 
     Inference and frozen batch norms run fused. With batch statistics (``train()``) a swapped block
-    runs its original's forward on devices that have no fused training kernels.
+    runs its original's forward on devices that have no fused training kernels, unless ``lean``.
 
     Args:
         model: any module that is or holds such parts, on any device and of any dtype.
+        lean: training with batch statistics keeps only the input of each swapped part for backward,
+            where the rest is computed again: less memory for more time.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
@@ -915,6 +930,9 @@ def accelerate(model: nn.Module) -> nn.Module:
             rows.append(Row("", "network", True))
     except _Refused as refused:
         rows.append(Row("", "network", False, str(refused)))
+    for module in model.modules():
+        if isinstance(module, _Swapped):
+            module.__dict__[_RECORD].lean = lean
     model.__dict__[_REPORT] = Report(tuple(rows))
     return model
 

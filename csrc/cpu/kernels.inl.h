@@ -809,6 +809,9 @@ struct MixedRows {
   T* rest = nullptr;  // x[:, c_partial:] copied, where it has to be converted or its rows share the same sets of L1
 
   int64_t rest_stride() const { return spread<T>(channels - c_partial); }
+  void carve(Carver* carver, int64_t pixel_stride, const Tiling& tiling) {
+    rest = carver->take<T>(must_copy<S, T>(pixel_stride) ? tiling.max_pixels() * rest_stride() : 0);
+  }
   void fill(Gemm<T>* g, RowGroup<T>* groups, const T* u, const S* x, int64_t pixel_stride, int64_t pixels) const {
     const T* a[2] = {u, nullptr};
     int64_t stride[2] = {u_stride, pixel_stride};
@@ -855,7 +858,7 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
       pconv.carve(&carver, x, tiling);
       out = carver.take<T>(direct ? 0 : tiling.max_pixels() * chunk);
-      mixed.rest = carver.take<T>(must_copy<S, T>(args.x_pixel_stride) ? tiling.max_pixels() * mixed.rest_stride() : 0);
+      mixed.carve(&carver, args.x_pixel_stride, tiling);
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
     for (int64_t i = begin; i < end; ++i) {
@@ -915,7 +918,7 @@ void block_as(const Block& args, const ParallelFor& parallel) {
       pconv.carve(&carver, x, tiling);
       hidden = carver.take<T>(tiling.max_pixels() * hidden_stride);
       sums = carver.take<T>(needs_sums ? tiling.max_pixels() * sums_stride : 0);
-      mixed.rest = carver.take<T>(must_copy<S, T>(args.x_pixel_stride) ? tiling.max_pixels() * mixed.rest_stride() : 0);
+      mixed.carve(&carver, args.x_pixel_stride, tiling);
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
       hidden_groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
@@ -1182,6 +1185,7 @@ void head(const Head& args, const ParallelFor& parallel) {
 }
 
 #include "peak.inl.h"
+#include "training.inl.h"
 
 }  // namespace FASTERNET_ISA_NAMESPACE
 
@@ -1192,6 +1196,13 @@ const Kernels FASTERNET_KERNELS = {FASTERNET_ISA,
                                    FASTERNET_ISA_NAMESPACE::block,
                                    FASTERNET_ISA_NAMESPACE::patch_conv,
                                    FASTERNET_ISA_NAMESPACE::head,
+                                   FASTERNET_ISA_NAMESPACE::pw_stats,
+                                   FASTERNET_ISA_NAMESPACE::pw_stats_backward,
+                                   FASTERNET_ISA_NAMESPACE::bn_act,
+                                   FASTERNET_ISA_NAMESPACE::act_pw_residual,
+                                   FASTERNET_ISA_NAMESPACE::act_pw_residual_backward,
+                                   FASTERNET_ISA_NAMESPACE::pconv3x3_backward,
+                                   FASTERNET_ISA_NAMESPACE::patch_conv_backward,
                                    FASTERNET_ISA_NAMESPACE::fma_loop};
 
 }  // namespace fasternet
