@@ -175,6 +175,55 @@ void network(const Network& args, void* const* outputs, const ParallelFor& paral
 // What the machine could do at best: operations per second (two for a multiply-add) of independent float multiply-adds
 // in registers, on the vectors of selected_isa() and on all of parallel's threads, over about `seconds`.
 double fma_peak(double seconds, const ParallelFor& parallel);
+// ---- Plan files -----------------------------------------------------------------------------------------------------
+
+// A network plan with its packed weights in one file, as fasternet_kernels.export_plan writes it. Numbers are in the
+// writer's byte order, which the mark tells; weights begin at multiples of 64 bytes.
+//
+//   header   96 bytes   magic "FNETPLAN", u32 mark 0x01020304, u32 version, u64 bytes of the file, u32 dtype (DType),
+//                       u32 flags (kPlanSequence), u32 channels of the input, u32 n_steps, u32 n_outputs, u32 bytes of
+//                       the writer's name, 40 bytes of zeros, u32 zero, u32 CRC-32 (zlib's) of all bytes but these 4
+//   steps    64 each    u32 kind, u32 act, u32 flags (none is known yet), u32 zero, i64 a, b, c as in NetworkStep, u64
+//                       offset and u64 bytes of the packed weights in the file, u64 zero
+//   outputs  32 each    u32 1 for a head's (batch, channels), 0 for a feature map; u32 zero, i64 channels, i64 rows and
+//                       i64 columns of the input per row and column of the map, 0 for a head
+//   writer              UTF-8, then zeros up to a multiple of 64 bytes from the beginning of the file
+//   weights             each step's pack in the compute type
+constexpr uint32_t kPlanVersion = 1;
+constexpr uint32_t kPlanSequence = 1;  // the outputs are a sequence even where there is only one
+
+struct PlanOutput {
+  int64_t channels, row_stride, column_stride;  // strides are 0 for the (batch, channels) output of a head
+};
+
+// A plan read from a file, with its own copy of the weights. Never changes: any number of threads may use it at once.
+class Plan {
+ public:
+  // Reads and checks the whole file; throws std::runtime_error that says what is wrong, where, and what was expected.
+  explicit Plan(const std::string& path);
+  ~Plan();
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  DType dtype() const { return dtype_; }
+  int64_t channels() const { return channels_; }
+  bool sequence() const { return sequence_; }
+  const std::vector<NetworkStep>& steps() const { return steps_; }
+  const std::vector<PlanOutput>& outputs() const { return outputs_; }
+  const std::string& writer() const { return writer_; }  // name and version of the library that wrote the file
+
+  // The argument of network(): these images through this plan.
+  Network network(int64_t batch, int64_t height, int64_t width, const void* x, const int64_t x_stride[4]) const;
+
+ private:
+  DType dtype_ = DType::kFloat32;
+  int64_t channels_ = 0;
+  bool sequence_ = false;
+  std::vector<NetworkStep> steps_;
+  std::vector<PlanOutput> outputs_;
+  std::string writer_;
+  char* data_ = nullptr;  // the file, 64-byte aligned
+};
 
 // ---- Reference ------------------------------------------------------------------------------------------------------
 
