@@ -986,13 +986,17 @@ void block_as(const Block& args, const ParallelFor& parallel) {
 template <int kWidth, int kChannels, class S, class T>
 void load_patch_rows(const S* source, const Image<S>& x, int64_t columns, int64_t width, int64_t channels,
                      int64_t depth, T* patches) {
-  if (kWidth) width = kWidth;
-  if (kChannels) channels = kChannels;
   for (int64_t column = 0; column < columns; ++column, patches += depth) {
-    FASTERNET_UNROLL
-    for (int64_t dx = 0; dx < width; ++dx, source += x.pixel_stride) {
+    if constexpr (kWidth > 0 && kChannels > 0) {
       FASTERNET_UNROLL
-      for (int64_t c = 0; c < channels; ++c) patches[dx * channels + c] = to_compute(source[c * x.channel_stride]);
+      for (int dx = 0; dx < kWidth; ++dx, source += x.pixel_stride) {
+        FASTERNET_UNROLL
+        for (int c = 0; c < kChannels; ++c) patches[dx * kChannels + c] = to_compute(source[c * x.channel_stride]);
+      }
+    } else {  // Clang warns of loops it is told to unroll and cannot
+      for (int64_t dx = 0; dx < width; ++dx, source += x.pixel_stride) {
+        for (int64_t c = 0; c < channels; ++c) patches[dx * channels + c] = to_compute(source[c * x.channel_stride]);
+      }
     }
   }
 }
