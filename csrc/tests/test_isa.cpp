@@ -85,7 +85,8 @@ void test_names() {
 void test_fma_peak() {
   for (double seconds : {1e-6, 2e-3}) {
     const double peak = fasternet::fma_peak(seconds, fasternet::serial());
-    check(peak > 1e8 && peak < 1e13, "fma_peak", "is " + std::to_string(peak) + " operations per second");
+    // No lower bound: this may run on an emulator, and be suspended in between.
+    check(peak > 0 && peak < 1e13, "fma_peak", "is " + std::to_string(peak) + " operations per second");
   }
 }
 
