@@ -458,6 +458,9 @@ void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int
         if (k_scale) {
           for (int64_t lane = 0; lane < lanes; ++lane) row[lane] *= factor;
         }
+        if (n_scale) {
+          for (int64_t lane = 0; lane < valid; ++lane) row[lane] *= n_scale[n0 + lane];
+        }
       }
     } else {
       // A cache line of each output channel at a time.
