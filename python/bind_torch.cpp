@@ -518,6 +518,24 @@ struct NormVectors {
   }
 };
 
+// The statistics of z as stored: of float16 values, which the kernel has not seen. z is dense channels-last float.
+void statistics_of(const Tensor& z, const Tensor& mean, const Tensor& m2) {
+  const int64_t channels = z.size(1), pixels = z.numel() / channels;
+  if (pixels == 0) return;
+  const float* const values = static_cast<const float*>(z.const_data_ptr());
+  std::vector<double> centre(channels), squares(channels);
+  for (int64_t i = 0; i < pixels * channels; ++i) centre[i % channels] += values[i];
+  for (double& c : centre) c /= static_cast<double>(pixels);
+  for (int64_t i = 0; i < pixels * channels; ++i) {
+    const double off = values[i] - centre[i % channels];
+    squares[i % channels] += off * off;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    static_cast<float*>(mean.mutable_data_ptr())[c] = static_cast<float>(centre[c]);
+    static_cast<float*>(m2.mutable_data_ptr())[c] = static_cast<float>(squares[c]);
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> pw_stats(Tensor x, Tensor w_partial, Tensor w_pw) {
   check_pconv(x, w_partial);
   const int64_t c_out = w_pw.size(0);
@@ -532,6 +550,11 @@ std::tuple<Tensor, Tensor, Tensor> pw_stats(Tensor x, Tensor w_partial, Tensor w
                        in.stride, partial.const_data_ptr(), pw.const_data_ptr(), z.mutable_data_ptr(),
                        mean.mutable_data_ptr(), m2.mutable_data_ptr()},
                       torch_threads());
+  if (weight_type == ScalarType::Half) {
+    const Tensor stored = cast(z, weight_type);
+    statistics_of(cast(stored, type), mean, m2);
+    return {finish(stored, weight_type, format_of(x)), mean, m2};
+  }
   return {finish(z, weight_type, format_of(x)), mean, m2};
 }
 

@@ -419,7 +419,9 @@ def compiled_step(backend, lean):
 
     exact = run(copy.deepcopy(plain).double(), x.double())
     eager = [run(model, image) for model, image in wild.rivals(plain, x)]
-    with torch.backends.mkldnn.flags(enabled=False):  # eager once more, with its sums in other orders
+    with torch.backends.mkldnn.flags(
+        enabled=False
+    ):  # eager once more, with its sums in other orders
         eager += [run(model, image) for model, image in wild.rivals(plain, x)]
     compiled = torch.compile(loss_of, fullgraph=True, backend=backend)
     for i, (got, e, *rivals) in enumerate(zip(run(fast, x, compiled), exact, *eager)):

@@ -364,10 +364,12 @@ void gemm(const Gemm<T>& g) {
   constexpr int64_t kWidth = panel_width<T>();
   int64_t depth = 0;
   for (int s = 0; s < g.n_segments; ++s) depth += g.segment_k[s];
-  const int64_t passes = ceil_div(depth, g.depth);
+  // Passes of whole panels, as callers cut K into chunks, so that both add up in the same order.
+  const int64_t pass_depth = round_up(ceil_div(depth, ceil_div(depth, g.depth)), kWidth);
+  const int64_t passes = ceil_div(depth, pass_depth);
   const bool late_act = g.act != Act::kIdentity && g.act != Act::kRelu;
   for (int64_t pass = 0; pass < passes; ++pass) {
-    const int64_t k0 = pass * depth / passes, k1 = (pass + 1) * depth / passes;
+    const int64_t k0 = pass * pass_depth, k1 = clip(k0 + pass_depth, depth);
     const bool first = pass == 0, last = pass == passes - 1;
     // The part of each segment inside [k0, k1).
     Micro<T> m;

@@ -241,15 +241,15 @@ inline void act_and_gradient_ps(typename VT::type x, typename VT::type* a, typen
     const V cdf = normal_cdf_ps<VT>(x);
     *a = x * cdf;
     *da *= x * (exp_ps<VT>(x * x * -0.5f) * 0.3989422804014327f) + cdf;
-  } else if constexpr (kAct == Act::kGeluTanh) {
+  } else if constexpr (kAct == Act::kGeluTanh || kAct == Act::kSilu) {
+    // x * s(y), s(y) = 1 / (1 + exp(-y)), y = x or as in act_ps. 1 - s cancels, exp(-y) * s does not.
     const V square = x * x;
-    const V s = sigmoid_ps<VT>((square * 0.044715f + 1.0f) * x * 1.5957691216057308f);
+    const V y = kAct == Act::kSilu ? x : (square * 0.044715f + 1.0f) * x * 1.5957691216057308f;
+    const V slope = kAct == Act::kSilu ? zero + 1.0f : (square * (3 * 0.044715f) + 1.0f) * 1.5957691216057308f;
+    const V e = exp_ps<VT>(-y);
+    const V s = y < zero - 87.0f ? zero : 1.0f / (e + 1.0f);  // as in sigmoid_ps
     *a = x * s;
-    *da *= s + x * s * (1.0f - s) * (square * (3 * 0.044715f) + 1.0f) * 1.5957691216057308f;
-  } else if constexpr (kAct == Act::kSilu) {
-    const V s = sigmoid_ps<VT>(x);
-    *a = x * s;
-    *da *= s * ((1.0f - s) * x + 1.0f);
+    *da *= e * s * s * x * slope + s;
   } else if constexpr (kAct == Act::kHardswish) {
     *a = act_ps<kAct, VT>(x);
     const V inside = x <= zero + 3.0f ? *da * (x * (1.0f / 3.0f) + 0.5f) : *da;
@@ -404,30 +404,29 @@ void tile_statistics(const S* z, int64_t stride, int64_t rows, int64_t columns, 
                      double* m2) {
   using V = LanesOf<T>;
   constexpr int kLanes = Lanes<T>::kLanes;
-  const int64_t first = clip(8, rows);
+  // In bfloat16 the first value itself, from which differences are exact.
+  const int64_t first = Same<S, bf16>::value ? 1 : clip(8, rows);
   const T share = T(1) / static_cast<T>(first);
   for (int64_t j = 0; j < columns; j += kLanes) {
     const int64_t n = columns - j;
     V pivot = {};
     for (int64_t r = 0; r < first; ++r) pivot += load_part<T>(z + r * stride + j, n) * share;
-    V sum = {}, square = {};
+    double sums[kLanes] = {}, squares[kLanes] = {};
     for (int64_t row0 = 0; row0 < rows; row0 += kSumRows) {
-      V block_sum = {}, block_square = {};
+      V sum = {}, square = {};
       for (int64_t r = row0; r < clip(row0 + kSumRows, rows); ++r) {
         const V d = load_part<T>(z + r * stride + j, n) - pivot;
-        block_sum += d;
-        block_square += d * d;
+        sum += d;
+        square += d * d;
       }
-      sum += block_sum;
-      square += block_square;
+      add_lanes<T>(sum, kLanes, sums);
+      add_lanes<T>(square, kLanes, squares);
     }
-    T parts[3][kLanes];
-    store_as(pivot, parts[0]);
-    store_as(sum, parts[1]);
-    store_as(square, parts[2]);
+    T part[kLanes];
+    store_as(pivot, part);
     for (int64_t i = 0; i < clip(kLanes, n); ++i) {
-      const double total = parts[1][i], off = total / static_cast<double>(rows), left = parts[2][i] - total * off;
-      pivots[j + i] = parts[0][i];
+      const double off = sums[i] / static_cast<double>(rows), left = squares[i] - sums[i] * off;
+      pivots[j + i] = part[i];
       offs[j + i] = off;
       m2[j + i] = left < 0 ? 0 : left;
     }
@@ -458,6 +457,9 @@ void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int
         }
         if (k_scale) {
           for (int64_t lane = 0; lane < lanes; ++lane) row[lane] *= factor;
+        }
+        if (n_scale) {
+          for (int64_t lane = 0; lane < valid; ++lane) row[lane] *= n_scale[n0 + lane];
         }
       }
     } else {
@@ -580,18 +582,19 @@ void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t row = i * m / groups, rows = (i + 1) * m / groups - row;
       T* const to = c + row * c_stride + j;
+      // Columns beyond n go through a tile of their own, added up in the same order.
       T tile[kOuterRows * 3 * kLanes];
       const bool whole = j + width <= n;
+      for (int64_t r = 0; !whole && add && r < rows; ++r) {
+        for (int64_t k = 0; k < width; ++k) tile[r * width + k] = k < n - j ? to[r * c_stride + k] : T(0);
+      }
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t p0 = pass * pixels / passes, p1 = (pass + 1) * pixels / passes;
-        table[rows](a + row + p0 * a_stride, a_stride, b + j + p0 * b_stride, b_stride, p1 - p0,
-                    pass > 0 || (add && whole), whole ? to : tile, whole ? c_stride : width);
+        table[rows](a + row + p0 * a_stride, a_stride, b + j + p0 * b_stride, b_stride, p1 - p0, pass > 0 || add,
+                    whole ? to : tile, whole ? c_stride : width);
       }
-      if (whole) continue;
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t k = 0; k < n - j; ++k) {
-          to[r * c_stride + k] = tile[r * width + k] + (add ? to[r * c_stride + k] : T(0));
-        }
+      for (int64_t r = 0; !whole && r < rows; ++r) {
+        for (int64_t k = 0; k < n - j; ++k) to[r * c_stride + k] = tile[r * width + k];
       }
     }
     j += width;
@@ -870,7 +873,7 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
   const Share share(extent.pixels, channels, c_hidden, parallel.num_threads);
   // Tile by tile the activation lives in scratch, a chunk of hidden channels at a time; else all of it is made first.
   const bool fused = share.tile_by_tile(channels);
-  const int64_t chunk = fused ? chunk_width<T>(c_hidden, kHiddenChunk) : c_hidden, a_stride = row_pitch<T>(chunk);
+  const int64_t chunk = chunk_width<T>(c_hidden, kHiddenChunk), a_stride = row_pitch<T>(fused ? chunk : c_hidden);
   T* const a_all =
       fused ? nullptr
             : static_cast<T*>(scratch(kSlotShared, extent.pixels * a_stride * static_cast<int64_t>(sizeof(T))));
@@ -907,9 +910,7 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
         const R* const from = residual + pixel * args.residual_pixel_stride + b0;
         R* const to = y + pixel * channels + b0;
         Gemm<T> g = {};
-        const T* const a[1] = {fused ? a_tile : a_all + pixel * a_stride};
         g.groups = groups;
-        g.n_groups = add_groups<T>(groups, 0, pixels, 1, a, &a_stride);
         g.n_segments = 1;
         g.segment_stride[0] = a_stride;
         g.b = &part;
@@ -923,6 +924,8 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
             with_act(args.act, BnActTile<S, T, T, true>{z + pixel * args.z_pixel_stride + k, args.z_pixel_stride,
                                                         pixels, depth, norm.at(k), a_tile, a_stride});
           }
+          const T* const a[1] = {fused ? a_tile : a_all + pixel * a_stride + k};
+          g.n_groups = add_groups<T>(groups, 0, pixels, 1, a, &a_stride);
           g.k_begin = k;
           g.segment_k[0] = depth;
           g.c_in = k ? sums : nullptr;
@@ -1319,20 +1322,24 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
       product_stride = product_columns = channels;
     }
   }
-  const auto gemm_of = [](const T* dz, const int64_t& dz_stride, int64_t pixels, const Packed<T>& w,
-                          RowGroup<T>* groups, T* sums) {
+  // sums (+)= dz * w for columns [k, k + depth) of dz, chunk by chunk of hidden channels.
+  const int64_t hidden_chunk = chunk_width<T>(c_out, kHiddenChunk);
+  const auto add_du = [](const T* dz, int64_t dz_stride, int64_t pixels, const Packed<T>& w, int64_t k, int64_t depth,
+                         RowGroup<T>* groups, T* sums) {
     Gemm<T> g = {};
     g.groups = groups;
     g.n_groups = add_groups<T>(groups, 0, pixels, 1, &dz, &dz_stride);
     g.n_segments = 1;
-    g.segment_k[0] = w.k;
+    g.segment_k[0] = depth;
     g.segment_stride[0] = dz_stride;
     g.b = &w;
+    g.k_begin = k;
     g.n_end = w.n_padded;
+    g.c_in = k ? sums : nullptr;
+    g.c_in_stride = w.n_padded;
     g.c = sums;
     g.c_stride = w.n_padded;
-    g.c_in_stride = w.n_padded;
-    return g;
+    gemm(g);
   };
 
   if (fused) {
@@ -1362,7 +1369,9 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           const Tiling::Tile t = tiling.tile(i);
           const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
           total.tile(pixel, pixels, 0, c_out, dz, dz_stride);
-          gemm(gemm_of(dz, dz_stride, pixels, pw, groups, sums));
+          for (int64_t k = 0; k < c_out; k += hidden_chunk) {
+            add_du(dz + k, dz_stride, pixels, pw, k, clip(hidden_chunk, c_out - k), groups, sums);
+          }
           store_du(pixel, pixels, 0, n_du, sums, pw.n_padded);
           conv3x3_tile<S, T>(x, c_partial, extent, t, partial, padded, groups, u_tile, u_stride);
           load_u(pixel, pixels, u_tile, rows);
@@ -1372,7 +1381,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
       }
     });
   } else if (need_du) {
-    const int64_t chunk = chunk_width<T>(c_out, kHiddenChunk), dz_stride = row_pitch<T>(chunk);
+    const int64_t dz_stride = row_pitch<T>(hidden_chunk);
     share_out(parallel, share, tiling.tiles, n_du, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
       T *packed, *dz, *sums;
       RowGroup<T>* groups;
@@ -1391,13 +1400,10 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
         for (int64_t i = tile0; i < tile1; ++i) {
           const Tiling::Tile t = tiling.tile(i);
           const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-          Gemm<T> g = gemm_of(dz, dz_stride, pixels, part, groups, sums);
-          for (int64_t k = 0; k < c_out; k += chunk) {
-            total.tile(pixel, pixels, k, clip(chunk, c_out - k), dz, dz_stride);
-            g.k_begin = k;
-            g.segment_k[0] = clip(chunk, c_out - k);
-            g.c_in = k ? sums : nullptr;
-            gemm(g);
+          for (int64_t k = 0; k < c_out; k += hidden_chunk) {
+            const int64_t depth = clip(hidden_chunk, c_out - k);
+            total.tile(pixel, pixels, k, depth, dz, dz_stride);
+            add_du(dz, dz_stride, pixels, part, k, depth, groups, sums);
           }
           store_du(pixel, pixels, b0, b1, sums, part.n_padded);
         }
