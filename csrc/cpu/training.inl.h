@@ -159,22 +159,22 @@ int64_t row_pitch(int64_t columns) {
 }
 
 // out[rows][out_stride] = source * factor[row], converted.
-template <class S, class T>
+template <class S, class T, class D>
 struct Scaled {
   const S* from;
   T factor;
-  T* to;
+  D* to;
   template <class V>
   void run(int64_t j) const {
     store_as(load_as<V>(from + j) * factor, to + j);
   }
 };
-template <class S, class T>
-void copy_rows(const S* source, int64_t stride, int64_t rows, int64_t columns, const T* factor, T* out,
+template <class S, class D, class T>
+void copy_rows(const S* source, int64_t stride, int64_t rows, int64_t columns, const T* factor, D* out,
                int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r, source += stride, out += out_stride) {
     if (factor) {
-      for_columns<T>(columns, Scaled<S, T>{source, factor[r], out});
+      for_columns<T>(columns, Scaled<S, T, D>{source, factor[r], out});
     } else {
       combine<T>(source, static_cast<const T*>(nullptr), out, columns);
     }
@@ -443,44 +443,45 @@ void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int
   constexpr int64_t kWidth = panel_width<T>();
   constexpr int64_t kRun = 16;
   const int64_t n_padded = padded_n(n, sizeof(T));
-  for (int64_t n0 = 0; n0 < n_padded; n0 += kWidth) {
-    const int64_t lanes = clip(kWidth, n_padded - n0), valid = clip(lanes, n - n0);
-    if (n_stride == 1) {
-      for (int64_t i = 0; i < k; ++i) {
+  if (n_stride == 1 && !n_scale) {
+    for (int64_t i = 0; i < k; ++i) {
+      const T factor = k_scale ? k_scale[i] : T(1);
+      for (int64_t n0 = 0; n0 < n_padded; n0 += kWidth) {
+        const int64_t lanes = clip(kWidth, n_padded - n0), valid = clip(lanes, n - n0);
         const S* const source = w + n0 + i * k_stride;
-        const T factor = k_scale ? k_scale[i] : T(1);
-        T* const row = out + i * lanes;
+        T* const row = out + n0 * k + i * lanes;
         if (valid == kWidth) {
-          for (int64_t lane = 0; lane < kWidth; ++lane) row[lane] = to_compute(source[lane]);
+          for (int64_t lane = 0; lane < kWidth; ++lane) row[lane] = to_compute(source[lane]) * factor;
         } else {
-          for (int64_t lane = 0; lane < lanes; ++lane) row[lane] = lane < valid ? to_compute(source[lane]) : T(0);
-        }
-        if (k_scale) {
-          for (int64_t lane = 0; lane < lanes; ++lane) row[lane] *= factor;
+          for (int64_t lane = 0; lane < valid; ++lane) row[lane] = to_compute(source[lane]) * factor;
+          for (int64_t lane = valid; lane < lanes; ++lane) row[lane] = 0;
         }
         if (n_scale) {
           for (int64_t lane = 0; lane < valid; ++lane) row[lane] *= n_scale[n0 + lane];
         }
       }
-    } else {
-      // A cache line of each output channel at a time.
-      for (int64_t k0 = 0; k0 < k; k0 += kRun) {
-        const int64_t run = clip(kRun, k - k0);
-        T* const block = out + k0 * lanes;
-        for (int64_t lane = 0; lane < lanes; ++lane) {
-          const S* const source = w + (n0 + lane) * n_stride + k0;
-          if (lane >= valid) {
-            for (int64_t i = 0; i < run; ++i) block[i * lanes + lane] = 0;
-          } else if (run == kRun && lanes == kWidth) {
-            for (int64_t i = 0; i < kRun; ++i) block[i * kWidth + lane] = to_compute(source[i]);
-          } else {
-            for (int64_t i = 0; i < run; ++i) block[i * lanes + lane] = to_compute(source[i]);
-          }
+    }
+    return;
+  }
+  for (int64_t n0 = 0; n0 < n_padded; n0 += kWidth) {
+    const int64_t lanes = clip(kWidth, n_padded - n0), valid = clip(lanes, n - n0);
+    // A cache line of each output channel at a time.
+    for (int64_t k0 = 0; k0 < k; k0 += kRun) {
+      const int64_t run = clip(kRun, k - k0);
+      T* const block = out + k0 * lanes;
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const S* const source = w + (n0 + lane) * n_stride + k0;
+        if (lane >= valid) {
+          for (int64_t i = 0; i < run; ++i) block[i * lanes + lane] = 0;
+        } else if (run == kRun && lanes == kWidth) {
+          for (int64_t i = 0; i < kRun; ++i) block[i * kWidth + lane] = to_compute(source[i]);
+        } else {
+          for (int64_t i = 0; i < run; ++i) block[i * lanes + lane] = to_compute(source[i]);
         }
-        if (n_scale) {
-          for (int64_t i = 0; i < run; ++i) {
-            for (int64_t lane = 0; lane < valid; ++lane) block[i * lanes + lane] *= n_scale[n0 + lane];
-          }
+      }
+      if (n_scale) {
+        for (int64_t i = 0; i < run; ++i) {
+          for (int64_t lane = 0; lane < valid; ++lane) block[i * lanes + lane] *= n_scale[n0 + lane];
         }
       }
     }
@@ -973,9 +974,10 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
   if (block > kHiddenChunk) block = kHiddenChunk;
   if (block < kColumnUnit) block = kColumnUnit;
   const int64_t hidden_stride = row_pitch<T>(block), g_stride = row_pitch<T>(channels);
-  const int64_t product_stride = round_up(c_hidden, panel_width<T>()), units = ceil_div(c_hidden, kColumnUnit);
-  bool direct = false;  // the weight gradient is added up in its own place
-  if constexpr (Same<S, T>::value) direct = dw && !layer_scale && chunks.count == 1 && tiling.tiles > 0;
+  const int64_t product_stride = row_pitch<T>(c_hidden), units = ceil_div(c_hidden, kColumnUnit);
+  // A single chunk's products are final: each block of columns is added up in scratch and goes out once. (Its rows in
+  // dw are often a power of two apart, which the caches do not bear.)
+  const bool direct = chunks.count == 1 && !args.dlayer_scale;
   double *dshifts, *dscales, *dsamples;
   T* products;
   Carver shared;
@@ -987,7 +989,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
     products = shared.take<T>(need_products && !direct ? chunks.count * channels * product_stride : 0);
   }
   share_chunks(parallel, chunks, c_hidden, kColumnUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
-    T *packed, *da, *a, *g_rows, *factor;
+    T *packed, *da, *a, *g_rows, *factor, *own;
     RowGroup<T>* groups;
     Carver carver;
     for (int round = 0; round < 2; ++round) {
@@ -997,6 +999,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
       a = carver.take<T>(need_products || need_sample ? tiling.max_pixels() * hidden_stride : 0);
       g_rows = carver.take<T>(tiling.max_pixels() * g_stride);
       factor = carver.take<T>(sample_scale ? tiling.max_pixels() : 0);
+      own = carver.take<T>(need_products && direct ? channels * hidden_stride : 0);
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
     if (need_products) clear(a, tiling.max_pixels() * hidden_stride);
@@ -1006,16 +1009,10 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
     for (int64_t b = 0; need_sample && b < args.batch; ++b) {
       for (int64_t u = n0 / kColumnUnit; u < ceil_div(n1, kColumnUnit); ++u) dsample[b * units + u] = 0;
     }
-    T* product = products + chunk * channels * product_stride;
-    int64_t stride = product_stride;
-    if constexpr (Same<S, T>::value) {
-      if (direct) {
-        product = dw;
-        stride = c_hidden;
-      }
-    }
     for (int64_t b0 = n0; b0 < n1; b0 += block) {
       const int64_t columns = clip(b0 + block, n1) - b0;
+      T* const product = direct ? own : products + chunk * channels * product_stride + b0;
+      const int64_t stride = direct ? hidden_stride : product_stride;
       // da = g * w_pw2, g scaled by layer_scale through the weights and by sample_scale afterwards.
       if (w && need_da) pack_operand<S, T>(w + b0, 1, c_hidden, columns, channels, nullptr, layer_scale, packed);
       const Packed<T> part(packed, columns, channels);
@@ -1042,7 +1039,8 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
             rows[0] = grad_tile;
             row_stride = args.grad_pixel_stride;
           } else {
-            copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, nullptr, g_rows, g_stride);
+            copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, static_cast<const T*>(nullptr), g_rows,
+                            g_stride);
           }
           g.n_segments = 1;
           g.segment_k[0] = channels;
@@ -1085,10 +1083,14 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
             }
           }
           if (!copied) copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, factors, g_rows, g_stride);
-          const int64_t n = direct ? columns : round_up(columns, panel_width<T>());
-          add_products<T>(g, row_stride, channels, a, hidden_stride, n, pixels, i > chunks.begin(chunk), product + b0,
-                          stride);
+          add_products<T>(g, row_stride, channels, a, hidden_stride, round_up(columns, panel_width<T>()), pixels,
+                          i > chunks.begin(chunk), product, stride);
         }
+      }
+      for (int64_t c = 0; dw && direct && c < channels; ++c) {
+        if (tiling.tiles == 0) clear(own + c * hidden_stride, columns);
+        copy_rows<T, S>(own + c * hidden_stride, 0, 1, columns,
+                        layer_scale ? layer_scale + c : static_cast<const T*>(nullptr), dw + c * c_hidden + b0, 0);
       }
     }
   });
@@ -1210,8 +1212,8 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
             const bool inside = y >= 0 && y < height;
             const T* const from = padded + (row - t.row0 + (inside ? tap : t.row1 - row + 2)) * padded_row;
             if (copied) {
-              copy_rows<T, T>(from, c_partial, columns, 3 * c_partial, nullptr, patches + pixel * patch_stride,
-                              patch_stride);
+              copy_rows<T, T>(from, c_partial, columns, 3 * c_partial, static_cast<const T*>(nullptr),
+                              patches + pixel * patch_stride, patch_stride);
             } else if (inside) {
               add_products<T>(du_tile + pixel * du_stride, du_stride, n1 - n0, from, c_partial, tap_stride, columns,
                               true, product + tap * tap_stride, 3 * tap_stride);
@@ -1258,14 +1260,13 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   S *const dx = static_cast<S*>(args.dx), *const dw_partial = static_cast<S*>(args.dw_partial),
            *const dw_pw = static_cast<S*>(args.dw_pw);
   const int64_t u_stride = padded_n(c_partial, sizeof(T)), du_stride = row_pitch<T>(c_partial);
-  const int64_t pw_stride = round_up(channels, panel_width<T>());
   const bool need_du = dx || dw_partial;
-  bool direct = false;
-  if constexpr (Same<S, T>::value) direct = chunks.count == 1 && tiling.tiles > 0;
   const int64_t n_du = dx ? channels : c_partial;
   const Share share(extent.pixels, n_du, c_out, parallel.num_threads);
   const bool fused = dw_pw && need_du && share.tile_by_tile(n_du) &&
                      (chunks.count % parallel.num_threads == 0 || chunks.count >= 4 * parallel.num_threads);
+  const bool direct = chunks.count == 1 && !fused;  // as in act_pw_residual_backward
+  const int64_t all_stride = row_pitch<T>(channels);
   T *dmean, *dm2, *u, *du, *pw_products;
   Conv3x3Gradients<S, T> through = {
       &extent, &chunks,  c_partial,  w_partial, nullptr, du_stride, dy, args.dy_pixel_stride,
@@ -1277,7 +1278,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     dm2 = shared.take<T>(c_out);
     u = shared.take<T>(dw_pw && !fused ? extent.pixels * u_stride : 0);
     du = shared.take<T>(need_du ? extent.pixels * du_stride : 0);
-    pw_products = shared.take<T>(dw_pw && !direct ? chunks.count * c_out * pw_stride : 0);
+    pw_products = shared.take<T>(dw_pw && !direct ? chunks.count * c_out * all_stride : 0);
     through.take(&shared);
   }
   through.du = du;
@@ -1294,8 +1295,6 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                                      dmean,
                                      dm2};
 
-  const int64_t all_stride = row_pitch<T>(channels);
-
   // Columns [b0, b1) of du: the first c_partial channels go on through the 3x3 convolution, the others are dx.
   const auto store_du = [&](int64_t pixel, int64_t pixels, int64_t b0, int64_t b1, const T* sums, int64_t stride) {
     const int64_t split = b0 < c_partial ? clip(c_partial, b1) : b0;
@@ -1310,18 +1309,10 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   };
   // u of a tile from x and the convolved channels.
   const auto load_u = [&](int64_t pixel, int64_t pixels, const T* convolved, T* rows) {
-    copy_rows<T, T>(convolved, u_stride, pixels, c_partial, nullptr, rows, all_stride);
+    copy_rows<T, T>(convolved, u_stride, pixels, c_partial, static_cast<const T*>(nullptr), rows, all_stride);
     copy_rows<S, T>(x.data + pixel * args.x_pixel_stride + c_partial, args.x_pixel_stride, pixels, channels - c_partial,
-                    nullptr, rows + c_partial, all_stride);
+                    static_cast<const T*>(nullptr), rows + c_partial, all_stride);
   };
-  T* pw_product = pw_products;
-  int64_t product_stride = pw_stride, product_columns = pw_stride;
-  if constexpr (Same<S, T>::value) {
-    if (direct && dw_pw) {
-      pw_product = dw_pw;
-      product_stride = product_columns = channels;
-    }
-  }
   // sums (+)= dz * w for columns [k, k + depth) of dz, chunk by chunk of hidden channels.
   const int64_t hidden_chunk = chunk_width<T>(c_out, kHiddenChunk);
   const auto add_du = [](const T* dz, int64_t dz_stride, int64_t pixels, const Packed<T>& w, int64_t k, int64_t depth,
@@ -1375,8 +1366,8 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           store_du(pixel, pixels, 0, n_du, sums, pw.n_padded);
           conv3x3_tile<S, T>(x, c_partial, extent, t, partial, padded, groups, u_tile, u_stride);
           load_u(pixel, pixels, u_tile, rows);
-          add_products<T>(dz, dz_stride, c_out, rows, all_stride, product_columns, pixels, i > chunks.begin(chunk),
-                          pw_product + chunk * c_out * product_stride, product_stride);
+          add_products<T>(dz, dz_stride, c_out, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
+                          i > chunks.begin(chunk), pw_products + chunk * c_out * all_stride, all_stride);
         }
       }
     });
@@ -1412,27 +1403,35 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   }
 
   if (dw_pw && !fused) {
-    constexpr int64_t kRowBlock = 10 * kRowUnit;
-    const int64_t dz_stride = row_pitch<T>(kRowBlock);
+    int64_t block = 10 * kRowUnit;
+    while (block > 5 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
+    const int64_t dz_stride = row_pitch<T>(block);
     conv3x3_all<S, S, T>(x, c_partial, w_partial, false, extent, u, u_stride, parallel);
     share_chunks(parallel, chunks, c_out, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
-      T *dz, *rows;
+      T *dz, *rows, *own;
       Carver carver;
       for (int round = 0; round < 2; ++round) {
         if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
         dz = carver.take<T>(tiling.max_pixels() * dz_stride);
         rows = carver.take<T>(tiling.max_pixels() * all_stride);
+        own = carver.take<T>(direct ? block * all_stride : 0);
       }
       clear(rows, tiling.max_pixels() * all_stride);
-      for (int64_t b0 = n0; b0 < n1; b0 += kRowBlock) {
-        const int64_t b1 = clip(b0 + kRowBlock, n1);
+      for (int64_t b0 = n0; b0 < n1; b0 += block) {
+        const int64_t b1 = clip(b0 + block, n1);
+        T* const product = direct ? own : pw_products + (chunk * c_out + b0) * all_stride;
         for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
           const Tiling::Tile t = tiling.tile(i);
           const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
           total.tile(pixel, pixels, b0, b1 - b0, dz, dz_stride);
           load_u(pixel, pixels, u + pixel * u_stride, rows);
-          add_products<T>(dz, dz_stride, b1 - b0, rows, all_stride, product_columns, pixels, i > chunks.begin(chunk),
-                          pw_product + (chunk * c_out + b0) * product_stride, product_stride);
+          add_products<T>(dz, dz_stride, b1 - b0, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
+                          i > chunks.begin(chunk), product, all_stride);
+        }
+        if (direct) {
+          if (tiling.tiles == 0) clear(own, (b1 - b0) * all_stride);
+          copy_rows<T, S>(own, all_stride, b1 - b0, channels, static_cast<const T*>(nullptr), dw_pw + b0 * channels,
+                          channels);
         }
       }
     });
@@ -1440,9 +1439,9 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   if (dw_pw && !direct) {
     parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        T* const sum = pw_products + n * pw_stride;
+        T* const sum = pw_products + n * all_stride;
         for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
-          const T* const part = sum + chunk * c_out * pw_stride;
+          const T* const part = sum + chunk * c_out * all_stride;
           for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
         }
         for (int64_t c = 0; c < channels; ++c) to_storage(tiling.tiles ? sum[c] : T(0), dw_pw + n * channels + c);
@@ -1476,7 +1475,8 @@ void pconv3x3_backward_as(const PConv3x3Backward& args, const ParallelFor& paral
   parallel_for(parallel, ceil_div(extent.pixels, kSumRows), [&](int64_t begin, int64_t end) {
     const int64_t first = begin * kSumRows, rows = clip(end * kSumRows, extent.pixels) - first;
     const S* const from = grad + first * args.grad_pixel_stride;
-    copy_rows<S, T>(from, args.grad_pixel_stride, rows, c_partial, nullptr, du + first * du_stride, du_stride);
+    copy_rows<S, T>(from, args.grad_pixel_stride, rows, c_partial, static_cast<const T*>(nullptr),
+                    du + first * du_stride, du_stride);
     if (dx) {
       copy_channels<S>(from + c_partial, 1, args.grad_pixel_stride, dx + first * channels + c_partial, 1, channels,
                        rows, channels - c_partial);
@@ -1552,7 +1552,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
         for (int64_t i = tile0; i < tile1; ++i) {
           const Tiling::Tile t = tiling.tile(i);
           copy_rows<S, T>(grad + t.pixel(out_width) * args.grad_pixel_stride, args.grad_pixel_stride, t.pixels(), c_out,
-                          nullptr, g_rows, g_stride);
+                          static_cast<const T*>(nullptr), g_rows, g_stride);
           Gemm<T> g = {};
           const T* const rows[1] = {g_rows};
           g.groups = groups;
@@ -1598,7 +1598,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
       for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
         const Tiling::Tile t = tiling.tile(i);
         copy_rows<S, T>(grad + t.pixel(out_width) * args.grad_pixel_stride + n0, args.grad_pixel_stride, t.pixels(),
-                        n1 - n0, nullptr, g_rows, g_stride);
+                        n1 - n0, static_cast<const T*>(nullptr), g_rows, g_stride);
         for (int64_t p = 0; args.dshift && p < t.pixels(); ++p) {
           for (int64_t n = n0; n < n1; ++n) dshift[n] += g_rows[p * g_stride + n - n0];
         }
