@@ -23,7 +23,7 @@ namespace fasternet {
 // double.
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2 };
 enum class Act : int { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4, kHardswish = 5 };
-enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
 
 // Parses "relu", "gelu", "gelu_tanh", "silu", "hardswish", "identity". Throws std::invalid_argument.
 Act parse_act(const std::string& name);
@@ -33,7 +33,8 @@ const char* isa_name(Isa isa);
 
 std::vector<Isa> available_isas();  // those compiled in that this processor runs, slowest first
 // The one in use: the fastest available, or what the environment variable FASTERNET_KERNELS_ISA names (generic, avx2,
-// avx512), chosen once. Throws std::runtime_error if that is unknown or not available; the next call then looks again.
+// avx512, neon), chosen once. Throws std::runtime_error if that is unknown or not available; the next call then looks
+// again.
 Isa selected_isa();
 std::string compiler();  // name and version of the compiler that built the kernels
 
@@ -186,6 +187,194 @@ void network(const Network& args, void* const* outputs, const ParallelFor& paral
 // What the machine could do at best: operations per second (two for a multiply-add) of independent float multiply-adds
 // in registers, on the vectors of selected_isa() and on all of parallel's threads, over about `seconds`.
 double fma_peak(double seconds, const ParallelFor& parallel);
+// ---- Plan files -----------------------------------------------------------------------------------------------------
+
+// A network plan with its packed weights in one file, as fasternet_kernels.export_plan writes it. Numbers are in the
+// writer's byte order, which the mark tells; weights begin at multiples of 64 bytes.
+//
+//   header   96 bytes   magic "FNETPLAN", u32 mark 0x01020304, u32 version, u64 bytes of the file, u32 dtype (DType),
+//                       u32 flags (kPlanSequence), u32 channels of the input, u32 n_steps, u32 n_outputs, u32 bytes of
+//                       the writer's name, 40 bytes of zeros, u32 zero, u32 CRC-32 (zlib's) of all bytes but these 4
+//   steps    64 each    u32 kind, u32 act, u32 flags (none is known yet), u32 zero, i64 a, b, c as in NetworkStep, u64
+//                       offset and u64 bytes of the packed weights in the file, u64 zero
+//   outputs  32 each    u32 1 for a head's (batch, channels), 0 for a feature map; u32 zero, i64 channels, i64 rows and
+//                       i64 columns of the input per row and column of the map, 0 for a head
+//   writer              UTF-8, then zeros up to a multiple of 64 bytes from the beginning of the file
+//   weights             each step's pack in the compute type
+constexpr uint32_t kPlanVersion = 1;
+constexpr uint32_t kPlanSequence = 1;  // the outputs are a sequence even where there is only one
+
+struct PlanOutput {
+  int64_t channels, row_stride, column_stride;  // strides are 0 for the (batch, channels) output of a head
+};
+
+// A plan read from a file, with its own copy of the weights. Never changes: any number of threads may use it at once.
+class Plan {
+ public:
+  // Reads and checks the whole file; throws std::runtime_error that says what is wrong, where, and what was expected.
+  explicit Plan(const std::string& path);
+  ~Plan();
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  DType dtype() const { return dtype_; }
+  int64_t channels() const { return channels_; }
+  bool sequence() const { return sequence_; }
+  const std::vector<NetworkStep>& steps() const { return steps_; }
+  const std::vector<PlanOutput>& outputs() const { return outputs_; }
+  const std::string& writer() const { return writer_; }  // name and version of the library that wrote the file
+
+  // The argument of network(): these images through this plan.
+  Network network(int64_t batch, int64_t height, int64_t width, const void* x, const int64_t x_stride[4]) const;
+
+ private:
+  DType dtype_ = DType::kFloat32;
+  int64_t channels_ = 0;
+  bool sequence_ = false;
+  std::vector<NetworkStep> steps_;
+  std::vector<PlanOutput> outputs_;
+  std::string writer_;
+  char* data_ = nullptr;  // the file, 64-byte aligned
+};
+// ---- Training -------------------------------------------------------------------------------------------------------
+
+// A training step of a block is pw_stats, then the batch norm's vectors (the caller's, who may combine statistics of
+// several processes), then act_pw_residual; and backward the other way round. Kept in between are x, z and the vectors
+// alone: u, the PConv's output, and a, the activation, are computed again where they are needed.
+//
+// Weights are plain contiguous arrays of PyTorch's shapes in the storage type; mean, m2, scale, shift and their
+// gradients are in the compute type. Tensors with a pixel stride may be channel slices; gradients are written dense. A
+// null gradient is one that is not wanted, and is not computed. Sums over pixels are made tile by tile in an order that
+// only the shape decides, so results do not depend on the number of threads.
+
+// z = conv1x1(u, w_pw), with the mean of each channel of z as stored and m2, its sum of squared deviations. Without
+// pixels mean and m2 are NaN and 0.
+struct PwStats {
+  DType dtype;
+  int64_t batch, channels, height, width, c_partial, c_out;
+  const void* x;
+  int64_t x_pixel_stride;
+  const void* w_partial;  // (c_partial, c_partial, 3, 3)
+  const void* w_pw;       // (c_out, channels)
+  void* z;                // dense
+  void* mean;             // (c_out)
+  void* m2;               // (c_out)
+};
+void pw_stats(const PwStats& args, const ParallelFor& parallel);
+
+// The gradients of pw_stats, dy added to dx where it is not null (a block's residual).
+struct PwStatsBackward {
+  DType dtype;
+  int64_t batch, channels, height, width, c_partial, c_out;
+  const void* dz;
+  int64_t dz_pixel_stride;
+  const void* dmean;  // (c_out)
+  const void* dm2;    // (c_out)
+  const void* x;
+  int64_t x_pixel_stride;
+  const void* z;
+  int64_t z_pixel_stride;
+  const void* mean;  // (c_out)
+  const void* w_partial;
+  const void* w_pw;
+  const void* dy;  // or null
+  int64_t dy_pixel_stride;
+  void* dx;
+  void* dw_partial;
+  void* dw_pw;
+};
+void pw_stats_backward(const PwStatsBackward& args, const ParallelFor& parallel);
+
+// y = act((z - mean) * scale + shift).
+struct BnAct {
+  DType dtype;
+  int64_t pixels, channels;
+  const void* z;
+  int64_t z_pixel_stride;
+  const void* mean;
+  const void* scale;
+  const void* shift;
+  Act act;
+  void* y;  // dense
+};
+void bn_act(const BnAct& args, const ParallelFor& parallel);
+
+// y = residual + sample_scale * layer_scale * conv1x1(bn_act(z), w_pw2).
+struct ActPwResidual {
+  DType dtype;           // of z and w_pw2
+  DType residual_dtype;  // of residual and y: dtype, or kFloat32 beside a kBFloat16 z
+  int64_t batch, channels, height, width, c_hidden;
+  const void* residual;
+  int64_t residual_pixel_stride;
+  const void* z;
+  int64_t z_pixel_stride;
+  const void* mean;  // (c_hidden), as scale and shift
+  const void* scale;
+  const void* shift;
+  const void* w_pw2;         // (channels, c_hidden)
+  const void* layer_scale;   // (channels) in the compute type, or null
+  const void* sample_scale;  // (batch) in the compute type, or null
+  Act act;
+  void* y;  // dense; must not overlap z
+};
+void act_pw_residual(const ActPwResidual& args, const ParallelFor& parallel);
+
+// The gradients of act_pw_residual, but for the residual's, which is the incoming one; with a null w_pw2 (and channels
+// = c_hidden) those of bn_act.
+struct ActPwResidualBackward {
+  DType dtype;
+  int64_t batch, channels, height, width, c_hidden;
+  const void* grad;
+  int64_t grad_pixel_stride;
+  const void* z;
+  int64_t z_pixel_stride;
+  const void* mean;
+  const void* scale;
+  const void* shift;
+  const void* w_pw2;
+  const void* layer_scale;
+  const void* sample_scale;
+  Act act;
+  void* dz;
+  void* dmean;          // (c_hidden): -scale * dshift
+  void* dscale;         // (c_hidden)
+  void* dshift;         // (c_hidden)
+  void* dw_pw2;         // (channels, c_hidden), storage type
+  void* dlayer_scale;   // (channels), compute type
+  void* dsample_scale;  // (batch), compute type
+};
+void act_pw_residual_backward(const ActPwResidualBackward& args, const ParallelFor& parallel);
+
+// The gradients of pconv3x3: dx[:, :c_partial] and dweight through the convolution, dx's other channels are grad's.
+struct PConv3x3Backward {
+  DType dtype;
+  int64_t batch, channels, height, width, c_partial;
+  const void* grad;
+  int64_t grad_pixel_stride;
+  const void* x;  // its first c_partial channels
+  int64_t x_pixel_stride;
+  const void* weight;  // (c_partial, c_partial, 3, 3)
+  void* dx;            // dense
+  void* dweight;
+};
+void pconv3x3_backward(const PConv3x3Backward& args, const ParallelFor& parallel);
+
+// The gradients of y = conv(x, weight, stride = kernel) * scale + shift. Pixels of x in no patch have gradient zero.
+struct PatchConvBackward {
+  DType dtype;
+  int64_t batch, channels, height, width, c_out, kh, kw;
+  const void* grad;  // (batch, height / kh, width / kw, c_out)
+  int64_t grad_pixel_stride;
+  const void* x;  // any strides
+  int64_t x_stride[4];
+  const void* weight;  // (c_out, channels, kh, kw)
+  const void* scale;   // (c_out) in the compute type, or null
+  void* dx;            // dense
+  void* dweight;
+  void* dscale;  // (c_out), compute type
+  void* dshift;  // (c_out), compute type
+};
+void patch_conv_backward(const PatchConvBackward& args, const ParallelFor& parallel);
 
 // ---- Reference ------------------------------------------------------------------------------------------------------
 

@@ -4,8 +4,7 @@ as their forward.
 A module holds plain ``nn.Conv2d`` and ``nn.BatchNorm2d`` children, so state_dicts, optimizers and
 converters see what they know. What runs depends on the call:
 
-* batch statistics wanted (training): ``pw_stats``, the running statistics as ``nn.BatchNorm2d``
-  updates them, then ``bn_act`` or ``act_pw_residual``;
+* batch statistics wanted (training): :func:`fasternet_kernels.training.batch_norm_layer`;
 * running statistics, gradients on: the op on raw weights, with gradients for everything;
 * running statistics, gradients off: the op on packed weights. The pack is kept between calls, and
   dropped by ``train()``, by a call with gradients on, by ``.to()`` and its kin and by
@@ -32,9 +31,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from . import ops
 from .models import ACTIVATIONS, DropPath
 from .reference import apply_act, compute_dtype
+from .training import NORMS, batch_norm_layer, process_group, uses_batch_statistics
 
 _ops = torch.ops.fasternet_kernels
-NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 class BlockParts(NamedTuple):
@@ -50,10 +49,6 @@ class BlockParts(NamedTuple):
 
 
 # ---- Batch norm as vectors -----------------------------------------------------------------------
-
-
-def uses_batch_statistics(norm: nn.Module | None) -> bool:
-    return isinstance(norm, NORMS) and (norm.training or norm.running_mean is None)
 
 
 def _scale_and_shift(
@@ -84,34 +79,9 @@ def _folded(
     return None if scale is None else scale.to(dtype), None if shift is None else shift.to(dtype)
 
 
-def _batch_scale_and_shift(
-    norm: nn.Module, z: Tensor, mean: Tensor, m2: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of ``(z - mean) * scale + shift`` from batch statistics; updates the running
-    ones as nn.BatchNorm2d does."""
-    count = z.shape[0] * z.shape[2] * z.shape[3]
-    if count == 1:
-        raise ValueError(
-            "batch statistics need more than 1 value per channel, "
-            f"got a hidden tensor of shape {tuple(z.shape)}; call eval() for a single value"
-        )
-    if norm.training and norm.track_running_stats and norm.running_mean is not None:
-        with torch.no_grad():
-            factor = norm.momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.add_(1)
-                if factor is None:
-                    factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
-            for running, batch in ((norm.running_mean, mean), (norm.running_var, m2 / (count - 1))):
-                running.mul_(1 - factor).add_((batch * factor).to(running.dtype))
-    scale = torch.rsqrt(m2 / count + norm.eps)
-    shift = torch.zeros_like(scale) if norm.bias is None else norm.bias.to(scale.dtype)
-    return (scale if norm.weight is None else scale * norm.weight.to(scale.dtype)), shift
-
-
-def _needs_process_group(norm: nn.Module | None) -> bool:
-    """Whether statistics must be combined across processes, which the fused forward does not do."""
-    return isinstance(norm, nn.SyncBatchNorm) and torch.distributed.is_initialized()
+def _empty_alone(x: Tensor, norm: nn.Module | None) -> bool:
+    """Whether batch statistics of nothing are wanted, which only other processes could give."""
+    return x.numel() == 0 and uses_batch_statistics(norm) and process_group(norm) is None
 
 
 def hooked(modules: Iterable[nn.Module]) -> bool:
@@ -126,11 +96,16 @@ def hooked(modules: Iterable[nn.Module]) -> bool:
 def must_run_plainly() -> bool:
     """Whether the caller differentiates or traces in a way that the fused ops do not support:
     forward-mode differentiation, torch.func transforms, torch.jit.trace."""
-    return (
-        forward_ad._current_level >= 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
-    )
+    return forward_ad._current_level >= 0 or _in_functional_transform() or torch.jit.is_tracing()
+
+
+def _in_functional_transform() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# Dynamo cannot trace that call, but knows the transforms it is in when it evaluates it. This is
+# what torch.compiler.assume_constant_result does, without its import of all of Dynamo.
+_in_functional_transform._dynamo_marked_constant = True
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -171,6 +146,11 @@ def _count_optimizer_step(*_) -> None:
 
 # Fused optimizers write parameters without counting a version, so every step of any counts here.
 register_optimizer_step_post_hook(_count_optimizer_step)
+
+
+def optimizer_steps() -> int:
+    """How often any optimizer has stepped in this process."""
+    return _optimizer_steps
 
 
 class Sources:
@@ -316,6 +296,7 @@ class PConvPW(PackingModule):
         out_channels: channels of the output.
         n_div: C_partial = dim // n_div channels are convolved 3x3.
         act: relu, gelu (erf), gelu_tanh, silu, hardswish or identity.
+        lean: in training, keep only x from forward to backward and compute the convolutions again.
 
     Shape: (B, C, H, W) to (B, out_channels, H, W), same dtype (autocast's under autocast) and
         memory format.
@@ -332,6 +313,7 @@ class PConvPW(PackingModule):
         out_channels: int,
         n_div: int = 4,
         act: str = "relu",
+        lean: bool = False,
         device=None,
         dtype=None,
     ):
@@ -343,6 +325,7 @@ class PConvPW(PackingModule):
         self.pw = nn.Conv2d(dim, out_channels, 1, bias=False, **factory)
         self.bn = nn.BatchNorm2d(out_channels, **factory)
         self.act = act
+        self.lean = lean
 
     def forward(self, x: Tensor) -> Tensor:
         partial, pw, norm = self.partial_conv3, self.pw, self.bn
@@ -353,7 +336,7 @@ class PConvPW(PackingModule):
             or not type(partial) is type(pw) is nn.Conv2d
             or type(norm) not in NORMS
             or hooked((partial, pw, norm))
-            or (batch_statistics and (x.numel() == 0 or _needs_process_group(norm)))
+            or (batch_statistics and _empty_alone(x, norm))
         ):
             self.drop_pack()
             c_partial = partial.out_channels
@@ -362,8 +345,8 @@ class PConvPW(PackingModule):
         dtype = compute_dtype(pw.weight.dtype)
         if batch_statistics:
             self.drop_pack()
-            z, mean, m2 = _ops.pw_stats(x, *ops.autocast_weights(x, partial.weight, pw.weight))
-            return _ops.bn_act(z, mean, *_batch_scale_and_shift(norm, z, mean, m2), self.act)
+            weights = ops.autocast_weights(x, partial.weight, pw.weight)
+            return batch_norm_layer(norm, x, *weights, act=self.act, lean=self.lean)
         if torch.is_grad_enabled():
             self.drop_pack()
             scale, shift = _scale_and_shift(norm, None, dtype)
@@ -393,9 +376,11 @@ class FusedBlock(PackingModule):
 
     def trains_unfused(self, p: BlockParts) -> bool:
         """Whether batch statistics are wanted that the fused ops do not take."""
-        return uses_batch_statistics(p.norm) and (
-            p.pw1.bias is not None or _needs_process_group(p.norm)
-        )
+        return uses_batch_statistics(p.norm) and p.pw1.bias is not None
+
+    def trains_lean(self) -> bool:
+        """Whether z is computed again in backward rather than kept, with batch statistics."""
+        return False
 
     def block_pack(self, p: BlockParts) -> Tensor:
         """The pack for the packed ops: see ``pack`` in :mod:`fasternet_kernels.ops`."""
@@ -415,8 +400,7 @@ class FusedBlock(PackingModule):
         p = None if must_run_plainly() else self.parts()
         if p is not None:
             _check_input(x, p.pw1.in_channels, p.pw1.weight)
-        empty = x.numel() == 0
-        if p is None or self.trains_unfused(p) or (empty and uses_batch_statistics(p.norm)):
+        if p is None or self.trains_unfused(p) or _empty_alone(x, p.norm):
             self.drop_pack()
             return self.unfused(x)
         sample_scale = None
@@ -427,13 +411,9 @@ class FusedBlock(PackingModule):
         layer_scale = None if p.layer_scale is None else p.layer_scale.reshape(-1)
         if uses_batch_statistics(p.norm):
             self.drop_pack()
-            w_partial, w_pw1, w_pw2 = ops.autocast_weights(
-                x, p.partial.weight, p.pw1.weight, p.pw2.weight
-            )
-            z, mean, m2 = _ops.pw_stats(x, w_partial, w_pw1)
-            scale, shift = _batch_scale_and_shift(p.norm, z, mean, m2)
-            return _ops.act_pw_residual(
-                x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, p.act
+            weights = ops.autocast_weights(x, p.partial.weight, p.pw1.weight, p.pw2.weight)
+            return batch_norm_layer(
+                p.norm, x, *weights, layer_scale, sample_scale, p.act, self.trains_lean()
             )
         if torch.is_grad_enabled():
             self.drop_pack()
@@ -468,6 +448,7 @@ class FasterNetBlock(FusedBlock):
         act: relu, gelu (erf), gelu_tanh, silu, hardswish or identity.
         drop_path: probability that a sample skips the block in training.
         layer_scale_init_value: initial value of the per-channel ``layer_scale``; 0 for none.
+        lean: in training, keep only x from forward to backward and compute the hidden tensor again.
 
     Shape: (B, C, H, W) to (B, C, H, W), same dtype and memory format.
 
@@ -485,6 +466,7 @@ class FasterNetBlock(FusedBlock):
         act: str = "relu",
         drop_path: float = 0.0,
         layer_scale_init_value: float = 0.0,
+        lean: bool = False,
         device=None,
         dtype=None,
     ):
@@ -493,6 +475,7 @@ class FasterNetBlock(FusedBlock):
         factory = {"device": device, "dtype": dtype}
         hidden = int(dim * mlp_ratio)
         self.act = act
+        self.lean = lean
         self.mlp = nn.Sequential(
             nn.Conv2d(dim, hidden, 1, bias=False, **factory),
             nn.BatchNorm2d(hidden, **factory),
@@ -519,6 +502,9 @@ class FasterNetBlock(FusedBlock):
         )
         inside = (self.mlp, pw1, norm, act, pw2, mixing, p.partial, drop_path)
         return None if replaced or hooked(inside) else p
+
+    def trains_lean(self) -> bool:
+        return self.lean
 
     def unfused(self, x: Tensor) -> Tensor:
         branch = self.mlp(self.spatial_mixing(x))
@@ -549,8 +535,9 @@ class FusedPatchConv(PackingModule):
     """A convolution whose stride is its kernel, with BatchNorm: the stem and the merging layers.
     Emits channels_last.
 
-    Inference without gradients is one op on packed weights; otherwise convolution and norm run as
-    they are.
+    Inference without gradients is one op on packed weights. Otherwise convolution and norm run as
+    they are, but for batch statistics in a lean layer, and among processes on the CPU, where
+    nn.SyncBatchNorm does not run.
     """
 
     def parts(self) -> tuple[nn.Conv2d, nn.Module | None] | None:
@@ -561,6 +548,10 @@ class FusedPatchConv(PackingModule):
     def unfused(self, x: Tensor) -> Tensor:
         """The same layer, module by module."""
         raise NotImplementedError
+
+    def trains_lean(self) -> bool:
+        """Whether the convolution is computed again in backward rather than kept."""
+        return False
 
     def patch_pack(self, conv: nn.Conv2d, norm: nn.Module | None) -> Tensor:
         """The pack for the packed ops."""
@@ -587,7 +578,17 @@ class FusedPatchConv(PackingModule):
             return self.unfused(x)
         if torch.is_grad_enabled() or uses_batch_statistics(norm):
             self.drop_pack()
-            return self.unfused(x.contiguous(memory_format=torch.channels_last))
+            x = x.contiguous(memory_format=torch.channels_last)
+            shared = x.device.type == "cpu" and process_group(norm) is not None
+            if (
+                (self.trains_lean() or shared)
+                and uses_batch_statistics(norm)
+                and conv.bias is None
+                and not _empty_alone(x, norm)
+            ):
+                (weight,) = ops.autocast_weights(x, conv.weight)
+                return batch_norm_layer(norm, x, None, weight, lean=self.trains_lean())
+            return self.unfused(x)
         pack = self.patch_pack(conv, norm)
         cast = autocast_dtype(x)
         x = x if cast is None else x.to(cast)

@@ -25,8 +25,13 @@ bn_act               ``act((z - mean) * scale + shift)``
 act_pw_residual      ``x + sample_scale * layer_scale * conv1x1(bn_act(z), w_pw2)``
 ===================  =============================================================================
 
-Training is ``pw_stats``, then the batch norm's vectors in plain torch (where statistics of several
-processes can be combined), then ``bn_act`` or ``act_pw_residual``.
+Training with batch statistics is ``pw_stats``, then the batch norm's vectors in plain torch (where
+the statistics of several processes are combined), then ``bn_act`` or ``act_pw_residual``. Backward
+has the same two halves: ``bn_act_backward`` or ``act_pw_residual_backward`` gives ``dz`` and the
+batch norm's sums over pixels, which are added up over the processes; then ``pw_stats_backward``,
+which adds ``dy``, the gradient of the residual, to ``dx``. The ``*_recompute_backward`` ops are the
+first half where ``z`` was not kept: they return it in front of the gradients, for the second half.
+:mod:`fasternet_kernels.training` puts the halves together.
 """
 
 from __future__ import annotations
@@ -108,12 +113,16 @@ SCHEMAS = {
     "pw_stats": "(Tensor x, Tensor w_partial, Tensor w_pw) -> (Tensor, Tensor, Tensor)",
     "pw_stats_backward": (
         "(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z, Tensor mean, Tensor "
-        "w_partial, Tensor w_pw, bool[] output_mask) -> (Tensor, Tensor, Tensor)"
+        "w_partial, Tensor w_pw, bool[] output_mask, Tensor? dy=None) -> (Tensor, Tensor, Tensor)"
     ),
     "bn_act": "(Tensor z, Tensor mean, Tensor scale, Tensor shift, str act) -> Tensor",
     "bn_act_backward": (
         "(Tensor grad, Tensor z, Tensor mean, Tensor scale, Tensor shift, str act, bool[] "
         "output_mask) -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "bn_act_recompute_backward": (
+        "(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor? w_partial, "
+        "Tensor w, str act, bool[] output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "act_pw_residual": (
         "(Tensor x, Tensor z, Tensor mean, Tensor scale, Tensor shift, Tensor w_pw2, Tensor? "
@@ -123,6 +132,11 @@ SCHEMAS = {
         "(Tensor grad, Tensor z, Tensor mean, Tensor scale, Tensor shift, Tensor w_pw2, "
         "Tensor? layer_scale, Tensor? sample_scale, str act, bool[] output_mask)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "act_pw_residual_recompute_backward": (
+        "(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor w_partial, "
+        "Tensor w_pw1, Tensor w_pw2, Tensor? layer_scale, Tensor? sample_scale, str act, bool[] "
+        "output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -311,7 +325,7 @@ def _(x, w_partial, w_pw):
 
 
 @_fake("pw_stats_backward")
-def _(dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask):
+def _(dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask, dy=None):
     return _wanted(output_mask, _grad(x, dz, image=True), _grad(w_partial, dz), _grad(w_pw, dz))
 
 
@@ -327,6 +341,13 @@ def _(grad, z, mean, scale, shift, act, output_mask):
     )
 
 
+@_fake("bn_act_recompute_backward")
+def _(grad, x, mean, scale, shift, w_partial, w, act, output_mask):
+    z = _image(x, grad.shape, w.dtype, torch.channels_last if w_partial is None else None)
+    vectors = (mean, scale, shift)
+    return z, *_wanted(output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in vectors))
+
+
 @_fake("act_pw_residual")
 def _(x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act):
     return _image(x, x.shape, torch.promote_types(x.dtype, z.dtype))
@@ -336,6 +357,26 @@ def _(x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act):
 def _(grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask):
     vectors = (mean, scale, shift, w_pw2, layer_scale, sample_scale)
     return _wanted(output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in vectors))
+
+
+@_fake("act_pw_residual_recompute_backward")
+def _(
+    grad,
+    x,
+    mean,
+    scale,
+    shift,
+    w_partial,
+    w_pw1,
+    w_pw2,
+    layer_scale,
+    sample_scale,
+    act,
+    output_mask,
+):
+    z = _image(x, (x.shape[0], w_pw1.shape[0], *x.shape[2:]), w_pw1.dtype)
+    vectors = (mean, scale, shift, w_pw2, layer_scale, sample_scale)
+    return z, *_wanted(output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in vectors))
 
 
 # ---- Autograd ------------------------------------------------------------------------------------
@@ -671,6 +712,13 @@ def _(*args, out_shape=None, **kwargs) -> int:
     return 0
 
 
+@_flops("bn_act_recompute_backward")
+def _(grad, x, mean, scale, shift, w_partial, w, *args, out_shape=None, **kwargs) -> int:
+    if w_partial is None:
+        return _patch_flops(x, w[0], w[2], w[3])
+    return _pconv_pw_flops(x, w_partial[0], w[0])
+
+
 @_flops("act_pw_residual")
 def _(x, z, mean, scale, shift, w_pw2, *args, out_shape=None, **kwargs) -> int:
     return 2 * _pixels(x) * w_pw2[0] * w_pw2[1]
@@ -695,6 +743,31 @@ def _(
     need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample = output_mask
     inner = need_z or need_mean or need_scale or need_shift
     return 2 * _pixels(z) * w_pw2[0] * w_pw2[1] * (inner + need_pw2 + (need_layer or need_sample))
+
+
+@_flops("act_pw_residual_recompute_backward")
+def _(
+    grad,
+    x,
+    mean,
+    scale,
+    shift,
+    w_partial,
+    w_pw1,
+    w_pw2,
+    layer,
+    sample,
+    act,
+    output_mask,
+    *args,
+    out_shape=None,
+    **kwargs,
+) -> int:
+    need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample = output_mask
+    inner = need_z or need_mean or need_scale or need_shift
+    products = inner + need_pw2 + (need_layer or need_sample)
+    recompute = _pconv_pw_flops(x, w_partial[0], w_pw1[0])
+    return recompute + 2 * _pixels(x) * w_pw2[0] * w_pw2[1] * products
 
 
 # ---- Argument checks -----------------------------------------------------------------------------

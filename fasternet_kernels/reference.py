@@ -379,11 +379,16 @@ def network(x: Tensor, packs: list[Tensor], plan: list[int], fast: bool = False)
 # ---- Training ------------------------------------------------------------------------------------
 
 
-def pw_stats(x, w_partial, w_pw) -> tuple[Tensor, Tensor, Tensor]:
-    z = like(F.conv2d(_pconv(x.to(w_pw.dtype), w_partial), w_pw), x)
+def statistics(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, sum of squared deviations from it) of each channel, in the compute dtype."""
     wide = z.to(compute_dtype(z.dtype))
     mean = wide.mean((0, 2, 3))
-    return z, mean, (wide - _column(mean)).square().sum((0, 2, 3))
+    return mean, (wide - _column(mean)).square().sum((0, 2, 3))
+
+
+def pw_stats(x, w_partial, w_pw) -> tuple[Tensor, Tensor, Tensor]:
+    z = like(F.conv2d(_pconv(x.to(w_pw.dtype), w_partial), w_pw), x)
+    return z, *statistics(z)
 
 
 def _normalise(z, mean, scale, shift) -> tuple[Tensor, Tensor]:
@@ -552,16 +557,23 @@ def head_backward(
     return _results(grad, dx, dw_conv, db_conv, dw_fc, db_fc)
 
 
-def pw_stats_backward(
-    dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask: list[bool]
-) -> tuple[Tensor, ...]:
-    # mean = sum(z) / n and m2 = sum((z - mean)^2), whose derivative by the mean is zero.
+def statistics_backward(dz, dmean, dm2, z, mean) -> Tensor:
+    """The gradient of z from those of z, mean and m2: mean = sum(z) / n, and the derivative of
+    m2 = sum((z - mean)^2) by the mean is zero."""
     n = z.shape[0] * z.shape[2] * z.shape[3]
     wide = torch.addcmul(dz + _column(dmean / max(n, 1)), z - _column(mean), _column(2 * dm2))
+    return wide.to(z.dtype)
+
+
+def pw_stats_backward(
+    dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask: list[bool], dy=None
+) -> tuple[Tensor, ...]:
+    total = statistics_backward(dz, dmean, dm2, z, mean)
     u = _pconv(x.to(w_pw.dtype), w_partial)
-    return _results(
-        dz, *_pconv_pw_conv_backward(wide.to(z.dtype), x, u, w_partial, w_pw, *output_mask)
-    )
+    dx, *others = _pconv_pw_conv_backward(total, x, u, w_partial, w_pw, *output_mask)
+    if dx is not None and dy is not None:
+        dx = like((dy + dx).to(x.dtype), x)
+    return _results(dz, dx, *others)
 
 
 def _bn_act_backward(da, z, mean, scale, shift, act, need_z, need_mean, need_scale, need_shift):
@@ -595,3 +607,39 @@ def act_pw_residual_backward(
             da, z, mean, scale, shift, act, need_z, need_mean, need_scale, need_shift
         )
     return _results(grad, dz, dmean, dscale, dshift, dw_pw2, dlayer, dsample)
+
+
+# Composed of ops, so that the compiled ones serve where there are some: z then has the same bits as
+# it had in the forward pass, and a ReLU's gradient is cut where its value was.
+
+
+def bn_act_recompute_backward(
+    grad, x, mean, scale, shift, w_partial, w, act: str, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    ops = torch.ops.fasternet_kernels
+    if w_partial is None:
+        z = ops.patch_conv(x, w, None, None, True)
+    else:
+        z = ops.pw_stats(x, w_partial, w)[0]
+    return z, *ops.bn_act_backward(grad, z, mean, scale, shift, act, output_mask)
+
+
+def act_pw_residual_recompute_backward(
+    grad,
+    x,
+    mean,
+    scale,
+    shift,
+    w_partial,
+    w_pw1,
+    w_pw2,
+    layer_scale,
+    sample_scale,
+    act: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    ops = torch.ops.fasternet_kernels
+    z = ops.pw_stats(x, w_partial, w_pw1)[0]
+    return z, *ops.act_pw_residual_backward(
+        grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask
+    )

@@ -191,11 +191,19 @@ def _arguments(
         "head_backward": (randn(2, 30), x, w_conv, b_conv, w_fc, b_fc, act, [True] * 5),
         "network": (pixels, [pack_patch, pack, pack_head], plan),
         "pw_stats": (x, partial, pw1),
-        "pw_stats_backward": (z, mean, shift, x, z, mean, partial, pw1, [True] * 3),
+        "pw_stats_backward": (z, mean, shift, x, z, mean, partial, pw1, [True] * 3, x),
         "bn_act": (z, mean, scale, shift, act),
         "bn_act_backward": (z.flip(0), z, mean, scale, shift, act, [True] * 4),
+        "bn_act_recompute_backward": (
+            *(z, x, mean, scale, shift, partial, pw1, act),
+            [True] * 4,
+        ),
         "act_pw_residual": (x, z, mean, scale, shift, pw2, layer, sample, act),
         "act_pw_residual_backward": (x, z, mean, scale, shift, pw2, layer, sample, act, [True] * 7),
+        "act_pw_residual_recompute_backward": (
+            *(x, x, mean, scale, shift, partial, pw1, pw2, layer, sample, act),
+            [True] * 7,
+        ),
     }
 
 

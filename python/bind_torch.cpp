@@ -508,6 +508,404 @@ std::vector<Tensor> network(Tensor x, std::vector<Tensor> packs, std::vector<int
   return outputs;
 }
 
+// ---- Training -------------------------------------------------------------------------------------------------------
+
+// Which gradients are wanted, and an empty tensor of the incoming one's type for each that is not.
+Tensor no_gradient(const Tensor& grad) {
+  const int64_t none = 0;
+  return torch::stable::empty({&none, 1}, grad.scalar_type(), std::nullopt, grad.device());
+}
+Tensor empty_like(const Tensor& t, ScalarType type) {
+  return torch::stable::empty(t.sizes(), type, std::nullopt, t.device());
+}
+// A tensor for the kernel to write, or none; and the pointer it takes.
+OptionalTensor wanted(bool want, const Tensor& like, ScalarType type) {
+  return want ? OptionalTensor(empty_like(like, type)) : std::nullopt;
+}
+void* pointer(const OptionalTensor& t) { return t ? t->mutable_data_ptr() : nullptr; }
+const void* const_pointer(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
+// The gradient of a parameter as the op returns it.
+Tensor gradient(const OptionalTensor& t, ScalarType type, const Tensor& grad) {
+  return t ? cast(*t, type) : no_gradient(grad);
+}
+void check_mask(const std::vector<bool>& mask, size_t size) {
+  STD_TORCH_CHECK(mask.size() == size, "fasternet_kernels: output_mask has ", mask.size(), " entries, expected ", size);
+}
+Tensor filled(int64_t size, double value, const Tensor& like, ScalarType type) {
+  Tensor t = torch::stable::empty({&size, 1}, type, std::nullopt, like.device());
+  return torch::stable::fill_(t, value);
+}
+
+// The batch norm's vectors in the compute type.
+struct NormVectors {
+  Tensor mean, scale, shift;
+  NormVectors(const Tensor& mean_, const Tensor& scale_, const Tensor& shift_, int64_t channels, ScalarType type)
+      : mean(dense(mean_, type)), scale(dense(scale_, type)), shift(dense(shift_, type)) {
+    check_size(mean, "mean", {channels});
+    check_size(scale, "scale", {channels});
+    check_size(shift, "shift", {channels});
+  }
+};
+
+// The statistics of z as stored: of float16 values, which the kernel has not seen. z is dense channels-last float.
+void statistics_of(const Tensor& z, const Tensor& mean, const Tensor& m2) {
+  const int64_t channels = z.size(1), pixels = z.numel() / channels;
+  if (pixels == 0) return;
+  const float* const values = static_cast<const float*>(z.const_data_ptr());
+  std::vector<double> centre(channels), squares(channels);
+  for (int64_t i = 0; i < pixels * channels; ++i) centre[i % channels] += values[i];
+  for (double& c : centre) c /= static_cast<double>(pixels);
+  for (int64_t i = 0; i < pixels * channels; ++i) {
+    const double off = values[i] - centre[i % channels];
+    squares[i % channels] += off * off;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    static_cast<float*>(mean.mutable_data_ptr())[c] = static_cast<float>(centre[c]);
+    static_cast<float*>(m2.mutable_data_ptr())[c] = static_cast<float>(squares[c]);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> pw_stats(Tensor x, Tensor w_partial, Tensor w_pw) {
+  check_pconv(x, w_partial);
+  const int64_t c_out = w_pw.size(0);
+  check_size(w_pw, "w_pw", {c_out, x.size(1), 1, 1});
+  const ScalarType weight_type = w_pw.scalar_type();
+  const Pixels in(operand(x, weight_type));
+  const ScalarType type = in.tensor.scalar_type();
+  const Tensor partial = dense(w_partial, type), pw = dense(w_pw, type);
+  Tensor z = empty_image(x, c_out, x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
+  Tensor mean = filled(c_out, 0, x, compute_type(type)), m2 = filled(c_out, 0, x, compute_type(type));
+  fasternet::pw_stats({dtype_of(type), x.size(0), x.size(1), x.size(2), x.size(3), w_partial.size(0), c_out, in.data(),
+                       in.stride, partial.const_data_ptr(), pw.const_data_ptr(), z.mutable_data_ptr(),
+                       mean.mutable_data_ptr(), m2.mutable_data_ptr()},
+                      torch_threads());
+  if (weight_type == ScalarType::Half) {
+    const Tensor stored = cast(z, weight_type);
+    statistics_of(cast(stored, type), mean, m2);
+    return {finish(stored, weight_type, format_of(x)), mean, m2};
+  }
+  return {finish(z, weight_type, format_of(x)), mean, m2};
+}
+
+std::tuple<Tensor, Tensor, Tensor> pw_stats_backward(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z,
+                                                     Tensor mean, Tensor w_partial, Tensor w_pw,
+                                                     std::vector<bool> output_mask, OptionalTensor dy) {
+  check_pconv(x, w_partial);
+  check_mask(output_mask, 3);
+  const int64_t c_out = w_pw.size(0), c_partial = w_partial.size(0);
+  check_size(w_pw, "w_pw", {c_out, x.size(1), 1, 1});
+  check_size(z, "z", {x.size(0), c_out, x.size(2), x.size(3)});
+  check_size(dz, "dz", {x.size(0), c_out, x.size(2), x.size(3)});
+  check_size(dy, "dy", {x.size(0), x.size(1), x.size(2), x.size(3)});
+  check_size(dmean, "dmean", {c_out});
+  check_size(dm2, "dm2", {c_out});
+  check_size(mean, "mean", {c_out});
+  const ScalarType weight_type = w_pw.scalar_type();
+  const Pixels in(operand(x, weight_type));
+  const ScalarType type = in.tensor.scalar_type(), compute = compute_type(type);
+  const Pixels gradient_of_z(operand(dz, weight_type)), hidden(operand(z, weight_type));
+  // Beside bfloat16 weights the gradient of the residual may be wider: it is then added afterwards.
+  const bool fuse_dy = dy && dy->scalar_type() == x.scalar_type() && stored_type(x.scalar_type()) == type;
+  const std::optional<Pixels> residual =
+      fuse_dy ? std::optional<Pixels>(Pixels(cast(*dy, type))) : std::optional<Pixels>();
+  const Tensor partial = dense(w_partial, type), pw = dense(w_pw, type), centre = dense(mean, compute),
+               mean_grad = dense(dmean, compute), m2_grad = dense(dm2, compute);
+  OptionalTensor dx;
+  if (output_mask[0]) dx = empty_image(x, x.size(1), x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
+  const OptionalTensor dw_partial = wanted(output_mask[1], partial, type), dw_pw = wanted(output_mask[2], pw, type);
+  fasternet::PwStatsBackward args = {};
+  args.dtype = dtype_of(type);
+  args.batch = x.size(0);
+  args.channels = x.size(1);
+  args.height = x.size(2);
+  args.width = x.size(3);
+  args.c_partial = c_partial;
+  args.c_out = c_out;
+  args.dz = gradient_of_z.data();
+  args.dz_pixel_stride = gradient_of_z.stride;
+  args.dmean = mean_grad.const_data_ptr();
+  args.dm2 = m2_grad.const_data_ptr();
+  args.x = in.data();
+  args.x_pixel_stride = in.stride;
+  args.z = hidden.data();
+  args.z_pixel_stride = hidden.stride;
+  args.mean = centre.const_data_ptr();
+  args.w_partial = partial.const_data_ptr();
+  args.w_pw = pw.const_data_ptr();
+  if (residual) {
+    args.dy = residual->data();
+    args.dy_pixel_stride = residual->stride;
+  }
+  args.dx = pointer(dx);
+  args.dw_partial = pointer(dw_partial);
+  args.dw_pw = pointer(dw_pw);
+  fasternet::pw_stats_backward(args, torch_threads());
+  Tensor dx_result = no_gradient(dz);
+  if (dx) {
+    if (dy && !fuse_dy) dx = torch::stable::subtract(cast(*dx, dy->scalar_type()), *dy, -1.0);
+    dx_result = finish(*dx, x.scalar_type(), format_of(x));
+  }
+  return {dx_result, gradient(dw_partial, w_partial.scalar_type(), dz), gradient(dw_pw, weight_type, dz)};
+}
+
+Tensor bn_act(Tensor z, Tensor mean, Tensor scale, Tensor shift, std::string act) {
+  check_image(z);
+  const Pixels in(operand(z, z.scalar_type()));
+  const ScalarType type = in.tensor.scalar_type();
+  const NormVectors norm(mean, scale, shift, z.size(1), compute_type(type));
+  Tensor y = empty_image(z, z.size(1), z.size(2), z.size(3), type, MemoryFormat::ChannelsLast);
+  fasternet::bn_act(
+      {dtype_of(type), z.size(0) * z.size(2) * z.size(3), z.size(1), in.data(), in.stride, norm.mean.const_data_ptr(),
+       norm.scale.const_data_ptr(), norm.shift.const_data_ptr(), fasternet::parse_act(act), y.mutable_data_ptr()},
+      torch_threads());
+  return finish(y, z.scalar_type(), format_of(z));
+}
+
+Tensor act_pw_residual(Tensor x, Tensor z, Tensor mean, Tensor scale, Tensor shift, Tensor w_pw2,
+                       OptionalTensor layer_scale, OptionalTensor sample_scale, std::string act) {
+  check_image(x);
+  const int64_t channels = x.size(1), c_hidden = w_pw2.size(1);
+  check_size(w_pw2, "w_pw2", {channels, c_hidden, 1, 1});
+  check_size(z, "z", {x.size(0), c_hidden, x.size(2), x.size(3)});
+  check_size(layer_scale, "layer_scale", {channels});
+  check_size(sample_scale, "sample_scale", {x.size(0)});
+  const Pixels hidden(operand(z, z.scalar_type()));
+  const ScalarType type = hidden.tensor.scalar_type(), compute = compute_type(type);
+  STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double || type == ScalarType::Double,
+                  "fasternet_kernels: a float64 x needs a float64 z, or its residual would be rounded");
+  const ScalarType result_type = wider_type(x.scalar_type(), z.scalar_type());
+  // Beside bfloat16 operands the kernel also takes a float32 residual; else both have one type.
+  const ScalarType residual_type = type == ScalarType::BFloat16 && x.scalar_type() != type ? ScalarType::Float : type;
+  const Pixels residual(cast(x, residual_type));
+  const NormVectors norm(mean, scale, shift, c_hidden, compute);
+  const Tensor weight = dense(w_pw2, type);
+  const OptionalTensor layer = dense(layer_scale, compute), sample = dense(sample_scale, compute);
+  Tensor y = empty_image(x, channels, x.size(2), x.size(3), residual_type, MemoryFormat::ChannelsLast);
+  fasternet::act_pw_residual(
+      {dtype_of(type), dtype_of(residual_type), x.size(0), channels, x.size(2), x.size(3), c_hidden, residual.data(),
+       residual.stride, hidden.data(), hidden.stride, norm.mean.const_data_ptr(), norm.scale.const_data_ptr(),
+       norm.shift.const_data_ptr(), weight.const_data_ptr(), const_pointer(layer), const_pointer(sample),
+       fasternet::parse_act(act), y.mutable_data_ptr()},
+      torch_threads());
+  return finish(y, result_type, format_of(x));
+}
+
+// Of bn_act where w_pw2 is absent.
+struct ActGradients {
+  Tensor dz, dmean, dscale, dshift, dw_pw2, dlayer_scale, dsample_scale;
+};
+ActGradients act_gradients(const Tensor& grad, const Tensor& z, const Tensor& mean, const Tensor& scale,
+                           const Tensor& shift, const OptionalTensor& w_pw2, const OptionalTensor& layer_scale,
+                           const OptionalTensor& sample_scale, const std::string& act, const std::vector<bool>& mask) {
+  check_image(z);
+  const int64_t c_hidden = z.size(1), channels = w_pw2 ? w_pw2->size(0) : c_hidden;
+  check_size(w_pw2, "w_pw2", {channels, c_hidden, 1, 1});
+  check_size(grad, "grad", {z.size(0), channels, z.size(2), z.size(3)});
+  check_size(layer_scale, "layer_scale", {channels});
+  check_size(sample_scale, "sample_scale", {z.size(0)});
+  const Pixels hidden(operand(z, z.scalar_type())), incoming(operand(grad, z.scalar_type()));
+  const ScalarType type = hidden.tensor.scalar_type(), compute = compute_type(type);
+  const NormVectors norm(mean, scale, shift, c_hidden, compute);
+  const OptionalTensor weight = dense(w_pw2, type), layer = dense(layer_scale, compute),
+                       sample = dense(sample_scale, compute);
+  OptionalTensor dz;
+  if (mask[0]) dz = empty_image(z, c_hidden, z.size(2), z.size(3), type, MemoryFormat::ChannelsLast);
+  const OptionalTensor dmean = wanted(mask[1], norm.mean, compute), dscale = wanted(mask[2], norm.scale, compute),
+                       dshift = wanted(mask[3], norm.shift, compute);
+  OptionalTensor dw, dlayer, dsample;
+  if (mask[4]) dw = empty_like(*weight, type);
+  if (mask[5]) dlayer = empty_like(*layer, compute);
+  if (mask[6]) dsample = empty_like(*sample, compute);
+  fasternet::ActPwResidualBackward args = {};
+  args.dtype = dtype_of(type);
+  args.batch = z.size(0);
+  args.channels = channels;
+  args.height = z.size(2);
+  args.width = z.size(3);
+  args.c_hidden = c_hidden;
+  args.grad = incoming.data();
+  args.grad_pixel_stride = incoming.stride;
+  args.z = hidden.data();
+  args.z_pixel_stride = hidden.stride;
+  args.mean = norm.mean.const_data_ptr();
+  args.scale = norm.scale.const_data_ptr();
+  args.shift = norm.shift.const_data_ptr();
+  args.w_pw2 = const_pointer(weight);
+  args.layer_scale = const_pointer(layer);
+  args.sample_scale = const_pointer(sample);
+  args.act = fasternet::parse_act(act);
+  args.dz = pointer(dz);
+  args.dmean = pointer(dmean);
+  args.dscale = pointer(dscale);
+  args.dshift = pointer(dshift);
+  args.dw_pw2 = pointer(dw);
+  args.dlayer_scale = pointer(dlayer);
+  args.dsample_scale = pointer(dsample);
+  fasternet::act_pw_residual_backward(args, torch_threads());
+  const auto type_of = [&](const OptionalTensor& t) { return t ? t->scalar_type() : compute; };
+  return {dz ? finish(*dz, z.scalar_type(), format_of(z)) : no_gradient(grad),
+          gradient(dmean, mean.scalar_type(), grad),
+          gradient(dscale, scale.scalar_type(), grad),
+          gradient(dshift, shift.scalar_type(), grad),
+          gradient(dw, type_of(w_pw2), grad),
+          gradient(dlayer, type_of(layer_scale), grad),
+          gradient(dsample, type_of(sample_scale), grad)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> bn_act_backward(Tensor grad, Tensor z, Tensor mean, Tensor scale,
+                                                           Tensor shift, std::string act,
+                                                           std::vector<bool> output_mask) {
+  check_mask(output_mask, 4);
+  output_mask.resize(7, false);
+  const ActGradients g =
+      act_gradients(grad, z, mean, scale, shift, std::nullopt, std::nullopt, std::nullopt, act, output_mask);
+  return {g.dz, g.dmean, g.dscale, g.dshift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> act_pw_residual_backward(
+    Tensor grad, Tensor z, Tensor mean, Tensor scale, Tensor shift, Tensor w_pw2, OptionalTensor layer_scale,
+    OptionalTensor sample_scale, std::string act, std::vector<bool> output_mask) {
+  check_mask(output_mask, 7);
+  const ActGradients g = act_gradients(grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask);
+  return {g.dz, g.dmean, g.dscale, g.dshift, g.dw_pw2, g.dlayer_scale, g.dsample_scale};
+}
+
+// ---- Gradients of the inference operators ---------------------------------------------------------------------------
+
+std::tuple<Tensor, Tensor> pconv3x3_backward(Tensor grad, Tensor x_partial, Tensor weight,
+                                             std::vector<bool> output_mask) {
+  check_pconv(grad, weight);
+  check_mask(output_mask, 2);
+  const int64_t c_partial = weight.size(0);
+  check_size(x_partial, "x_partial", {grad.size(0), c_partial, grad.size(2), grad.size(3)});
+  const ScalarType weight_type = weight.scalar_type(), type = stored_type(weight_type);
+  // Autocast or float16: the convolved channels alone go through the kernel.
+  const bool all = grad.scalar_type() == type;
+  const Pixels incoming(all ? grad : operand(torch::stable::narrow(grad, 1, 0, c_partial), weight_type));
+  const Pixels x(operand(x_partial, weight_type));
+  const Tensor w = dense(weight, type);
+  OptionalTensor dx;
+  if (output_mask[0]) {
+    dx =
+        empty_image(grad, all ? grad.size(1) : c_partial, grad.size(2), grad.size(3), type, MemoryFormat::ChannelsLast);
+  }
+  const OptionalTensor dw = wanted(output_mask[1], w, type);
+  fasternet::pconv3x3_backward(
+      {dtype_of(type), grad.size(0), all ? grad.size(1) : c_partial, grad.size(2), grad.size(3), c_partial,
+       incoming.data(), incoming.stride, x.data(), x.stride, w.const_data_ptr(), pointer(dx), pointer(dw)},
+      torch_threads());
+  Tensor dx_result = no_gradient(grad);
+  if (dx && all) dx_result = finish(*dx, type, format_of(grad));
+  if (dx && !all) {
+    dx_result = empty_image(grad, grad.size(1), grad.size(2), grad.size(3), grad.scalar_type(), format_of(grad));
+    torch::stable::copy_(dx_result, grad);
+    Tensor target = torch::stable::narrow(dx_result, 1, 0, c_partial);
+    torch::stable::copy_(target, cast(*dx, weight_type));
+  }
+  return {dx_result, gradient(dw, weight_type, grad)};
+}
+
+// With running statistics the batch norm is (z - 0) * scale + shift: z is computed again, then the two halves of
+// training follow, without gradients of the statistics.
+struct FrozenNorm {
+  Tensor zero, scale, shift;
+  FrozenNorm(const OptionalTensor& scale_, const OptionalTensor& shift_, const Tensor& w)
+      : zero(filled(w.size(0), 0, w, compute_type(w.scalar_type()))),
+        scale(scale_ ? *scale_ : filled(w.size(0), 1, w, compute_type(w.scalar_type()))),
+        shift(shift_ ? *shift_ : zero) {}
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> pconv_pw_backward(Tensor grad, Tensor x, Tensor w_partial,
+                                                                     Tensor w_pw, OptionalTensor scale,
+                                                                     OptionalTensor shift, std::string act,
+                                                                     std::vector<bool> output_mask) {
+  check_mask(output_mask, 5);
+  const bool inner = output_mask[0] || output_mask[1] || output_mask[2];
+  const Tensor z = std::get<0>(pw_stats(x, w_partial, w_pw));
+  const FrozenNorm norm(scale, shift, w_pw);
+  const ActGradients g =
+      act_gradients(grad, z, norm.zero, norm.scale, norm.shift, std::nullopt, std::nullopt, std::nullopt, act,
+                    {inner, false, output_mask[3], output_mask[4], false, false, false});
+  Tensor dx = no_gradient(grad), dw_partial = dx, dw_pw = dx;
+  if (inner) {
+    std::tie(dx, dw_partial, dw_pw) = pw_stats_backward(g.dz, norm.zero, norm.zero, x, z, norm.zero, w_partial, w_pw,
+                                                        {output_mask[0], output_mask[1], output_mask[2]}, std::nullopt);
+  }
+  return {output_mask[0] ? dx : no_gradient(grad), output_mask[1] ? dw_partial : no_gradient(grad),
+          output_mask[2] ? dw_pw : no_gradient(grad), g.dscale, g.dshift};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block_backward(
+    Tensor grad, Tensor x, Tensor w_partial, Tensor w_pw1, Tensor w_pw2, OptionalTensor scale, OptionalTensor shift,
+    OptionalTensor layer_scale, OptionalTensor sample_scale, std::string act, std::vector<bool> output_mask) {
+  check_mask(output_mask, 8);
+  const bool inner = output_mask[0] || output_mask[1] || output_mask[2];
+  const Tensor z = std::get<0>(pw_stats(x, w_partial, w_pw1));
+  const FrozenNorm norm(scale, shift, w_pw1);
+  const ActGradients g =
+      act_gradients(grad, z, norm.zero, norm.scale, norm.shift, w_pw2, layer_scale, sample_scale, act,
+                    {inner, false, output_mask[4], output_mask[5], output_mask[3], output_mask[6], output_mask[7]});
+  Tensor dx = no_gradient(grad), dw_partial = dx, dw_pw1 = dx;
+  if (inner) {
+    std::tie(dx, dw_partial, dw_pw1) = pw_stats_backward(g.dz, norm.zero, norm.zero, x, z, norm.zero, w_partial, w_pw1,
+                                                         {output_mask[0], output_mask[1], output_mask[2]}, grad);
+  }
+  return {output_mask[0] ? dx : no_gradient(grad),
+          output_mask[1] ? dw_partial : no_gradient(grad),
+          output_mask[2] ? dw_pw1 : no_gradient(grad),
+          g.dw_pw2,
+          g.dscale,
+          g.dshift,
+          g.dlayer_scale,
+          g.dsample_scale};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tensor x, Tensor weight,
+                                                               OptionalTensor scale, OptionalTensor shift,
+                                                               std::vector<bool> output_mask) {
+  check_image(x);
+  check_mask(output_mask, 4);
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0 && weight.size(1) == x.size(1),
+                  "fasternet_kernels: weight does not fit x, expected (C_out, ", x.size(1), ", kh, kw)");
+  const int64_t c_out = weight.size(0), kh = weight.size(2), kw = weight.size(3);
+  check_size(grad, "grad", {x.size(0), c_out, x.size(2) / kh, x.size(3) / kw});
+  check_size(scale, "scale", {c_out});
+  check_size(shift, "shift", {c_out});
+  const Tensor in = operand(x, weight.scalar_type());
+  const ScalarType type = in.scalar_type(), compute = compute_type(type);
+  const Pixels incoming(operand(grad, weight.scalar_type()));
+  const Tensor w = dense(weight, type);
+  const OptionalTensor factor = dense(scale, compute);
+  OptionalTensor dx, dscale, dshift;
+  if (output_mask[0]) dx = empty_image(x, x.size(1), x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
+  const OptionalTensor dw = wanted(output_mask[1], w, type);
+  if (output_mask[2]) dscale = empty_like(*scale, compute);
+  if (output_mask[3]) dshift = empty_like(*shift, compute);
+  fasternet::PatchConvBackward args = {};
+  args.dtype = dtype_of(type);
+  args.batch = in.size(0);
+  args.channels = in.size(1);
+  args.height = in.size(2);
+  args.width = in.size(3);
+  args.c_out = c_out;
+  args.kh = kh;
+  args.kw = kw;
+  args.grad = incoming.data();
+  args.grad_pixel_stride = incoming.stride;
+  args.x = in.const_data_ptr();
+  for (int d = 0; d < 4; ++d) args.x_stride[d] = in.stride(d);
+  args.weight = w.const_data_ptr();
+  args.scale = const_pointer(factor);
+  args.dx = pointer(dx);
+  args.dweight = pointer(dw);
+  args.dscale = pointer(dscale);
+  args.dshift = pointer(dshift);
+  fasternet::patch_conv_backward(args, torch_threads());
+  return {dx ? finish(*dx, x.scalar_type(), format_of(x)) : no_gradient(grad), gradient(dw, weight.scalar_type(), grad),
+          gradient(dscale, scale ? scale->scalar_type() : compute, grad),
+          gradient(dshift, shift ? shift->scalar_type() : compute, grad)};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasternet_kernels, CPU, m) {
@@ -523,6 +921,16 @@ STABLE_TORCH_LIBRARY_IMPL(fasternet_kernels, CPU, m) {
   m.impl("head", TORCH_BOX(&head));
   m.impl("head_packed", TORCH_BOX(&head_packed));
   m.impl("network", TORCH_BOX(&network));
+  m.impl("pw_stats", TORCH_BOX(&pw_stats));
+  m.impl("pw_stats_backward", TORCH_BOX(&pw_stats_backward));
+  m.impl("bn_act", TORCH_BOX(&bn_act));
+  m.impl("bn_act_backward", TORCH_BOX(&bn_act_backward));
+  m.impl("act_pw_residual", TORCH_BOX(&act_pw_residual));
+  m.impl("act_pw_residual_backward", TORCH_BOX(&act_pw_residual_backward));
+  m.impl("pconv3x3_backward", TORCH_BOX(&pconv3x3_backward));
+  m.impl("pconv_pw_backward", TORCH_BOX(&pconv_pw_backward));
+  m.impl("block_backward", TORCH_BOX(&block_backward));
+  m.impl("patch_conv_backward", TORCH_BOX(&patch_conv_backward));
 }
 
 // What library.py asks once torch has loaded this library and registered its operators: whether they can run, and as

@@ -23,6 +23,12 @@ COMPILED = (
     "head",
     "head_packed",
     "network",
+    "pw_stats",
+    "pw_stats_backward",
+    "bn_act",
+    "bn_act_backward",
+    "act_pw_residual",
+    "act_pw_residual_backward",
 )
 
 

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from cases import Case, assert_right, double, image, randn, weights
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 
 import fasternet_kernels as fk
 
@@ -113,6 +115,40 @@ def test_accelerated_network_compiles_fullgraph(mode):
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-4, msg=name)
     for (name, a), b in zip(model.named_buffers(), eager.buffers()):
         torch.testing.assert_close(a, b, msg=name)
+
+
+@pytest.mark.parametrize("mode", ["inference", "eval_grad", "train", "lean"])
+def test_compiled_graphs_hold_the_fused_ops(mode):
+    """Not the modules that they stand for: right answers alone would not tell."""
+    model = fk.accelerate(small_model(), lean=mode == "lean")
+    blocks = sum(row.kind == "block" for row in fk.report(model).swapped)
+    model.train(mode in ("train", "lean"))
+    called = {"forward": [], "backward": []}
+
+    def compiler(which):
+        def compile_graph(graph, inputs):
+            called[which] += [str(n.target).removesuffix(".default") for n in graph.graph.nodes]
+            return make_boxed_func(graph)
+
+        return compile_graph
+
+    backend = aot_autograd(fw_compiler=compiler("forward"), bw_compiler=compiler("backward"))
+    with torch.set_grad_enabled(mode != "inference"):
+        y = torch.compile(model, fullgraph=True, backend=backend)(randn(2, 3, 64, 64, seed=1))
+    if mode != "inference":
+        y.sum().backward()
+    expected = {
+        "inference": ["block_packed"],
+        "eval_grad": ["block", "block_backward"],
+        "train": ["pw_stats", "act_pw_residual", "act_pw_residual_backward", "pw_stats_backward"],
+        "lean": ["pw_stats", "act_pw_residual_recompute_backward", "pw_stats_backward"],
+    }[mode]
+    for op in expected:
+        where = "backward" if op.endswith("backward") else "forward"
+        assert called[where].count(f"fasternet_kernels.{op}") == blocks, op
+        assert (
+            f"fasternet_kernels.{op}" not in called[{"forward": "backward"}.get(where, "forward")]
+        )
 
 
 def test_compiled_network_sees_new_weights():

@@ -794,20 +794,240 @@ def test_packed_ops_refuse_gradients():
         OPS.pack([w["w_partial"].requires_grad_()], [None], [None])
 
 
-def test_statistics_of_a_large_mean():
-    """mean and m2 of a channel with mean 1e4 and standard deviation 1 keep their digits."""
-    x = randn(4, 8, 16, 16, seed=1, dtype=torch.float64) + 1e4
-    w_partial = torch.zeros(2, 2, 3, 3, dtype=torch.float64)
-    w_partial[0, 0, 1, 1] = w_partial[1, 1, 1, 1] = 1
-    eye = torch.eye(8, dtype=torch.float64)[:, :, None, None]
-    z, mean, m2 = OPS.pw_stats(x.float(), w_partial.float(), eye.float())
-    exact = z.double()
-    assert (mean.double() - exact.mean((0, 2, 3))).abs().max() < 1e4 * torch.finfo(
-        torch.float32
-    ).eps
-    assert (
-        (m2.double() / 1024).sqrt() - exact.var((0, 2, 3), unbiased=False).sqrt()
-    ).abs().max() < 1e-5
+# ---- Training: the two halves --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [*STAGES[::7], *EDGES], ids=lambda c: c.id)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pw_stats(case, dtype, fmt):
+    """z, and the statistics of z as stored."""
+    x, w = image(case, DTYPES[dtype], FORMATS[fmt]), weights(case, DTYPES[dtype])
+    found = []
+
+    def op(*args):
+        found[:] = OPS.pw_stats(*args)
+        return found[0]
+
+    def plain(x, w_partial, w_pw, conv=F.conv2d):
+        return conv(plain_pconv(x, w_partial, conv), w_pw)
+
+    z = check(op, plain, x, w["w_partial"], w["w_pw1"])
+    if case.batch > 0:
+        assert_statistics(z, *found[1:])
+
+
+def loop_statistics(z, dtype):
+    """(mean, m2) of each channel, one pixel after another (Welford's method)."""
+    rows = z.to(dtype).permute(0, 2, 3, 1).reshape(-1, z.shape[1])
+    mean, m2 = torch.zeros_like(rows[0]), torch.zeros_like(rows[0])
+    for n, row in enumerate(rows, 1):
+        delta = row - mean
+        mean = mean + delta / n
+        m2 = m2 + delta * (row - mean)
+    return mean, m2
+
+
+def assert_statistics(z, mean, m2):
+    exact, wide = z.double(), z.to(mean.dtype)
+    exact_mean, average = exact.mean((0, 2, 3)), wide.mean((0, 2, 3))
+    assert_right(mean, exact_mean, average, lambda: loop_statistics(z, mean.dtype)[0], what="mean")
+    assert_right(
+        m2,
+        (exact - vector(exact_mean)).square().sum((0, 2, 3)),
+        (wide - vector(average)).square().sum((0, 2, 3)),
+        lambda: loop_statistics(z, mean.dtype)[1],
+        what="m2",
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("batch, size", [(4, 56), (3, 9), (1, 1), (2, 2)])
+def test_statistics_of_a_large_mean(batch, size, dtype):
+    """Channels with mean 1e4 and standard deviation 1: sums of squares would leave no digit."""
+    case = Case(batch, 24, size, size)
+    x, w = image(case, DTYPES[dtype]), weights(case, DTYPES[dtype])
+    x[:, -1], w["w_pw1"][:, -1] = 1e4, 1
+    z, mean, m2 = OPS.pw_stats(x, w["w_partial"], w["w_pw1"])
+    assert mean.min() > 9e3
+    assert_statistics(z, mean, m2)
+
+
+@pytest.mark.parametrize("name", ["bn_act", "act_pw_residual", "act_pw_residual_bare"])
+def test_gradients_beside_a_large_mean(name):
+    """As test_gradients, where z has mean 1e4 and standard deviation 1."""
+    op, plain, args = differentiable(Case(2, 24, 5, 6), torch.float32, "gelu")[name]
+    for t in args[:2] if name == "bn_act" else args[1:3]:
+        t.add_(1e4)
+    needs = [isinstance(a, torch.Tensor) for a in args]
+    incoming = incoming_gradient("channels_last")
+    _, got = run_gradients(op, args, needs, incoming)
+    _, exact = run_gradients(
+        plain, double(args), needs, lambda i, o: incoming(i, o.float()).double()
+    )
+    _, eager = run_gradients(plain, args, needs, incoming)
+    for i, (g, e, rival) in enumerate(zip(got, exact, eager)):
+        if needs[i]:
+            assert_right(g, e, rival, what=f"{name}: gradient {i}")
+
+
+@pytest.mark.parametrize("case", [*STAGES[::7], *EDGES], ids=lambda c: c.id)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_from_statistics(case, dtype, fmt):
+    """bn_act and act_pw_residual; z, too, in either layout."""
+    dtype = DTYPES[dtype]
+    x = image(case, dtype, FORMATS[fmt])
+    z, *vectors, w_pw2, layer_scale, sample_scale = training_args(case, dtype)
+    z = z.to(memory_format=FORMATS[fmt])
+
+    def bn_act(z, *args, conv=F.conv2d):
+        return plain_bn_act(z, *args)
+
+    def block(x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, conv=F.conv2d):
+        y = conv(plain_bn_act(z, mean, scale, shift, act), w_pw2)
+        y = y if layer_scale is None else y * vector(layer_scale).to(y.dtype)
+        y = y if sample_scale is None else y * sample_scale.reshape(-1, 1, 1, 1).to(y.dtype)
+        return x + y
+
+    check(OPS.bn_act, bn_act, z, *vectors, case.act)
+    for scales in ((layer_scale, sample_scale), (None, None)):
+        check(OPS.act_pw_residual, block, x, z, *vectors, w_pw2, *scales, case.act)
+
+
+def backward_calls(case, dtype, fmt=torch.channels_last):
+    """name -> (op, arguments but the mask, how many gradients, arguments after the mask)."""
+    x, w = image(case, dtype, fmt), weights(case, dtype)
+    z, mean, scale, shift, w_pw2, layer, sample = training_args(case, dtype)
+    z = z.to(memory_format=fmt)
+    partial, pw1 = w["w_partial"], w["w_pw1"]
+    dy, dz = x.flip(0).contiguous(memory_format=fmt), z.flip(0).contiguous(memory_format=fmt)
+    dstats = [randn(case.c_hidden, seed=s, dtype=mean.dtype) for s in (45, 46)]
+    vectors = (mean, scale, shift)
+    return {
+        "pw_stats_backward": ((dz, *dstats, x, z, mean, partial, pw1), 3, (dy,)),
+        "pw_stats_backward alone": ((dz, *dstats, x, z, mean, partial, pw1), 3, ()),
+        "bn_act_backward": ((dz, z, *vectors, case.act), 4, ()),
+        "act_pw_residual_backward": (
+            (dy, z, *vectors, w_pw2, layer, sample, case.act),
+            7,
+            (),
+        ),
+        "act_pw_residual_backward bare": ((dy, z, *vectors, w_pw2, None, None, case.act), 5, ()),
+    }
+
+
+BACKWARD = list(backward_calls(Case(1, 8, 2, 2), torch.float32))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("name", BACKWARD)
+def test_output_masks(name, dtype):
+    """Every mask: the gradients asked for are as right as they are among all, and what is not asked
+    for is empty."""
+    args, n, after = backward_calls(Case(2, 24, 5, 6, act="gelu"), DTYPES[dtype])[name]
+    op = getattr(OPS, name.split()[0])
+    outputs = len(op._schemas[""].returns)
+    everything = op(*args, [i < n for i in range(outputs)], *after)
+    exact = op(*double(args), [i < n for i in range(outputs)], *double(after))
+    for bits in range(2**n):
+        mask = [bool(bits >> i & 1) for i in range(outputs)]
+        found = op(*args, mask, *after)
+        for g, e, full, need in zip(found, exact, everything, mask, strict=True):
+            if need:
+                assert_right(g, e, full, what=f"{name} with mask {mask}")
+            else:
+                assert g.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_the_residual_s_gradient(fmt, dtype):
+    """pw_stats_backward adds dy to dx, whatever the layout of dy, and to nothing else."""
+    dtype = DTYPES[dtype]
+    args, n, (dy,) = backward_calls(Case(3, 24, 5, 6), dtype, FORMATS[fmt])["pw_stats_backward"]
+    wide = torch.stack((dy, dy), dim=-1)[..., 0]
+    ones = dy[:1, :1, :1, :1].expand_as(dy)
+    plain = OPS.pw_stats_backward(*args, [True] * n)
+    exact = OPS.pw_stats_backward(*double(args), [True] * n)
+    for d in (dy, dy.contiguous(), wide, ones):
+        got = OPS.pw_stats_backward(*args, [True] * n, d)
+        assert_right(got[0], exact[0] + d.double(), plain[0] + d)
+        assert all(torch.equal(a, b) for a, b in zip(got[1:], plain[1:]))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_recompute(fmt, dtype):
+    """The recompute ops are the others after z = conv(x), to the bit."""
+    case, dtype = Case(2, 24, 6, 4, act="gelu"), DTYPES[dtype]
+    x, w = image(case, dtype, FORMATS[fmt]), weights(case, dtype)
+    z, mean, _ = OPS.pw_stats(x, w["w_partial"], w["w_pw1"])
+    vectors = (mean, w["scale"], w["shift"])
+    dy, dz = x.flip(0), z.flip(0)
+    after = (w["w_pw2"], w["layer_scale"], w["sample_scale"], case.act, [True] * 7)
+    got = OPS.act_pw_residual_recompute_backward(
+        dy, x, *vectors, w["w_partial"], w["w_pw1"], *after
+    )
+    for a, b in zip(got, (z, *OPS.act_pw_residual_backward(dy, z, *vectors, *after)), strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+    after = (case.act, [True] * 4)
+    got = OPS.bn_act_recompute_backward(dz, x, *vectors, w["w_partial"], w["w_pw1"], *after)
+    for a, b in zip(got, (z, *OPS.bn_act_backward(dz, z, *vectors, *after)), strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+    patch = randn(9, 24, 2, 2, seed=41, dtype=dtype, scale=0.1)
+    vectors = [v[:9] for v in vectors]
+    z = OPS.patch_conv(x, patch, None, None, True)
+    got = OPS.bn_act_recompute_backward(z.flip(0), x, *vectors, None, patch, *after)
+    for a, b in zip(got, (z, *OPS.bn_act_backward(z.flip(0), z, *vectors, *after)), strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+TRAINING = ["pw_stats", "bn_act", "act_pw_residual", *BACKWARD]
+
+
+@pytest.mark.parametrize("channels", [1, 4, 33])
+def test_one_hidden_channel(channels):
+    """Both strides of w_pw2 are 1 then, and layer_scale counts all the same."""
+    x, z = randn(2, channels, 3, 4, seed=1), randn(2, 1, 3, 4, seed=2)
+    vectors = [randn(1, seed=s) for s in (3, 4, 5)]
+    w_pw2, layer = randn(channels, 1, 1, 1, seed=6), randn(channels, seed=7)
+    args = (x, z, *vectors, w_pw2, layer, None, "relu")
+    exact = reference.act_pw_residual(*double(args))
+    assert_right(OPS.act_pw_residual(*args), exact, reference.act_pw_residual(*args))
+
+
+# Hidden channels within a vector, off a panel, and more than one pass of K; few pixels and many.
+THREADED = [Case(5, 40, 14, 14), Case(2, 35, 14, 14), Case(3, 132, 20, 26), Case(2, 320, 7, 7)]
+
+
+@pytest.mark.parametrize("case", THREADED, ids=str)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_bits_do_not_depend_on_threads(name, dtype, case, threads):
+    """Statistics and weight gradients, too: their sums over pixels have a fixed order."""
+    act = case.act
+    if name in BACKWARD:
+        args, n, after = backward_calls(case, DTYPES[dtype])[name]
+        op = getattr(OPS, name.split()[0])
+        mask = [i < n for i in range(len(op._schemas[""].returns))]
+        calls = [(*args, mask, *after), (*args, [False, *mask[1:]], *after)]  # also without dx
+    else:
+        op, _, args = differentiable(case, DTYPES[dtype], act)[name]
+        calls = [args]
+    for args in calls:
+        assert_same_bits(name, op, args, threads)
+
+
+def assert_same_bits(name, op, args, threads):
+    results = []
+    for n in (1, 1, 2, 3, 7):
+        threads(n)
+        y = op(*args)
+        results.append(y if isinstance(y, tuple) else (y,))
+    for n, again in zip((1, 2, 3, 7), results[1:]):
+        for i, (a, b) in enumerate(zip(results[0], again, strict=True)):
+            assert torch.equal(a, b), f"{name}: {n} threads give other bits in output {i}"
 
 
 # ---- opcheck, FLOPs ------------------------------------------------------------------------------
@@ -904,6 +1124,12 @@ def opcheck_samples():
                     pw1,
                     [True, True, True],
                 ),
+                (
+                    "pw_stats_backward",
+                    *(g_hidden, *dstats, x, z, mean, partial, pw1),
+                    [True, False, True],
+                    g,
+                ),
                 ("bn_act", z, mean, scale, shift, "silu"),
                 (
                     "bn_act_backward",
@@ -915,11 +1141,32 @@ def opcheck_samples():
                     "silu",
                     [True, True, False, True],
                 ),
+                (
+                    "bn_act_recompute_backward",
+                    *(g_hidden, x, mean, scale, shift, partial, pw1, "silu"),
+                    [True, False, True, True],
+                ),
+                (
+                    "bn_act_recompute_backward",
+                    randn(2, 8, 2, 3, seed=48, dtype=dtype).to(memory_format=fmt),
+                    *(x, mean[:8], scale[:8], shift[:8], None, patch, "identity"),
+                    [True, True, False, False],
+                ),
                 ("act_pw_residual", x, z, mean, scale, shift, w_pw2, layer, sample, "relu"),
                 (
                     "act_pw_residual_backward",
                     *(g, z, mean, scale, shift, w_pw2, layer, None, "relu"),
                     [True, True, True, True, True, True, False],
+                ),
+                (
+                    "act_pw_residual_backward",
+                    *(g, z, mean, scale, shift, w_pw2, None, sample, "gelu"),
+                    [False, False, True, True, False, False, True],
+                ),
+                (
+                    "act_pw_residual_recompute_backward",
+                    *(g, x, mean, scale, shift, partial, pw1, w_pw2, layer, sample, "gelu"),
+                    [True, False, True, True, True, True, False],
                 ),
             ]:
                 samples.setdefault(name, []).append(tuple(args))

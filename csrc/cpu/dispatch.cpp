@@ -24,11 +24,17 @@ const IsaEntry kIsas[] = {
     {Isa::kAvx2, "avx2", nullptr},
     {Isa::kAvx512, "avx512", nullptr},
 #endif
+#ifdef FASTERNET_HAVE_NEON
+    {Isa::kNeon, "neon", &kKernelsNeon},
+#else
+    {Isa::kNeon, "neon", nullptr},
+#endif
 };
 
 bool runs_here(Isa isa) {
   switch (isa) {
     case Isa::kGeneric:
+    case Isa::kNeon:  // compiled in on AArch64 alone, where it is part of the baseline
       return true;
 #ifdef FASTERNET_HAVE_X86
     case Isa::kAvx2:
@@ -141,6 +147,31 @@ void patch_conv(const PatchConv& args, const ParallelFor& parallel) { kernels().
 void head(const Head& args, const ParallelFor& parallel) {
   const TrimScratch at_end;
   kernels().head(args, parallel);
+}
+void pw_stats(const PwStats& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().pw_stats(args, parallel);
+}
+void pw_stats_backward(const PwStatsBackward& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().pw_stats_backward(args, parallel);
+}
+void bn_act(const BnAct& args, const ParallelFor& parallel) { kernels().bn_act(args, parallel); }
+void act_pw_residual(const ActPwResidual& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().act_pw_residual(args, parallel);
+}
+void act_pw_residual_backward(const ActPwResidualBackward& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().act_pw_residual_backward(args, parallel);
+}
+void pconv3x3_backward(const PConv3x3Backward& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().pconv3x3_backward(args, parallel);
+}
+void patch_conv_backward(const PatchConvBackward& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().patch_conv_backward(args, parallel);
 }
 
 }  // namespace fasternet

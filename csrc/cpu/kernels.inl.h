@@ -43,6 +43,11 @@ constexpr int kMaxSegments = 4;
 constexpr int kUnroll = 4;  // steps of K per turn of the inner loop
 constexpr int kPrefetchLines = 2;
 constexpr int kMaxRows = FASTERNET_ROWS;
+#ifdef FASTERNET_FMA_BY_LANE
+constexpr bool kFmaByLane = true;
+#else
+constexpr bool kFmaByLane = false;
+#endif
 constexpr int kVectorsPerPanel = kPanelBytes / FASTERNET_VECTOR_BYTES;
 
 inline int64_t clip(int64_t a, int64_t limit) { return a < limit ? a : limit; }
@@ -121,6 +126,30 @@ inline __attribute__((always_inline)) void multiply_add(V& acc, const V& w, cons
 #endif
 }
 
+// kLanes steps of K where an FMA can multiply by one lane of a register: one load brings kLanes values of a row.
+template <class V, class T, int kVecsPerPanel, int kRows, int kVecs, int kBases>
+inline __attribute__((always_inline)) void steps_by_lane(V (&acc)[kRows][kVecs], const char* const (&base)[kBases],
+                                                         int64_t stride, const T* b, int64_t b_panel) {
+  constexpr int kLanes = sizeof(V) / sizeof(T);
+  V a[kRows];
+  FASTERNET_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    a[r] = load<V>(base[r / 3] + (r % 3) * stride);
+#ifdef FASTERNET_FMA_BY_LANE
+    asm("" : "+w"(a[r]));  // stay a vector: GCC would load its lanes one by one
+#endif
+  }
+  FASTERNET_UNROLL
+  for (int lane = 0; lane < kLanes; ++lane, b += kVecsPerPanel * kLanes) {
+    FASTERNET_UNROLL
+    for (int j = 0; j < kVecs; ++j) {
+      const V w = load<V>(b + (j / kVecsPerPanel) * b_panel + (j % kVecsPerPanel) * kLanes);
+      FASTERNET_UNROLL
+      for (int r = 0; r < kRows; ++r) acc[r][j] += w * a[r][lane];
+    }
+  }
+}
+
 template <class T, int kBytes, int kRows, int kVecs, int kVecsPerPanel>
 void micro(const Micro<T>& m) {
   using V = typename VecOf<T, kBytes>::type;
@@ -168,8 +197,13 @@ void micro(const Micro<T>& m) {
       FASTERNET_UNROLL
       for (int i = 0; i < kPrefetchLines; ++i) __builtin_prefetch(prefetch + i * kPanelBytes, 0, 2);
       prefetch += kPrefetchLines * kPanelBytes;
-      FASTERNET_UNROLL
-      for (int u = 0; u < kUnroll; ++u) step(u);
+      // Not in double, whose two lanes save too little to be worth the registers.
+      if constexpr (kFmaByLane && kLanes == kUnroll) {
+        steps_by_lane<V, T, kVecsPerPanel>(acc, base, stride, b, b_panel);
+      } else {
+        FASTERNET_UNROLL
+        for (int u = 0; u < kUnroll; ++u) step(u);
+      }
       advance(kUnroll);
     }
     for (; k > 0; --k) {
@@ -332,10 +366,12 @@ void gemm(const Gemm<T>& g) {
   constexpr int64_t kWidth = panel_width<T>();
   int64_t depth = 0;
   for (int s = 0; s < g.n_segments; ++s) depth += g.segment_k[s];
-  const int64_t passes = ceil_div(depth, g.depth);
+  // Passes of whole panels, as callers cut K into chunks, so that both add up in the same order.
+  const int64_t pass_depth = round_up(ceil_div(depth, ceil_div(depth, g.depth)), kWidth);
+  const int64_t passes = ceil_div(depth, pass_depth);
   const bool late_act = g.act != Act::kIdentity && g.act != Act::kRelu;
   for (int64_t pass = 0; pass < passes; ++pass) {
-    const int64_t k0 = pass * depth / passes, k1 = (pass + 1) * depth / passes;
+    const int64_t k0 = pass * pass_depth, k1 = clip(k0 + pass_depth, depth);
     const bool first = pass == 0, last = pass == passes - 1;
     // The part of each segment inside [k0, k1).
     Micro<T> m;
@@ -382,11 +418,17 @@ void gemm(const Gemm<T>& g) {
       const T* next = same_pass || !last ? g.b->panel(next_n) + next_k * g.b->lanes(next_n) : g.next;
       const int64_t next_panel = same_pass || !last ? g.b->panel_stride() : g.next_panel;
       const int64_t lines = (k1 - k0) / kUnroll * kPrefetchLines, per_panel = ceil_div(k1 - k0, lines + 1);
+      int64_t panel = next ? 0 : FASTERNET_PANELS, part = 0;  // what the next row group fetches
+      if (next && g.n_groups < per_panel * FASTERNET_PANELS) {
+        for (; panel < FASTERNET_PANELS; ++panel) {
+          for (int64_t k = 0; k < k1 - k0; ++k) __builtin_prefetch(next + panel * next_panel + k * kWidth, 0, 2);
+        }
+      }
       for (int64_t i = 0; i < g.n_groups; ++i) {
         const RowGroup<T>& group = g.groups[i];
-        const int64_t panel = i / per_panel;
         m.prefetch = reinterpret_cast<const char*>(
-            next && panel < FASTERNET_PANELS ? next + panel * next_panel + i % per_panel * lines * kWidth : m.b);
+            panel < FASTERNET_PANELS ? next + panel * next_panel + part * lines * kWidth : m.b);
+        if (++part == per_panel) part = 0, ++panel;
         for (int s = 0; s < m.n_segments; ++s) {
           const T* const a = group.a[source[s]];
           m.a[s] = a ? a + offset[s] : nullptr;
@@ -955,6 +997,9 @@ struct MixedRows {
   T* rest = nullptr;  // x[:, c_partial:] copied, where it has to be converted or its rows share the same sets of L1
 
   int64_t rest_stride() const { return spread<T>(channels - c_partial); }
+  void carve(Carver* carver, int64_t pixel_stride, const Tiling& tiling) {
+    rest = carver->take<T>(must_copy<S, T>(pixel_stride) ? tiling.max_pixels() * rest_stride() : 0);
+  }
   void fill(Gemm<T>* g, RowGroup<T>* groups, const T* u, const S* x, int64_t pixel_stride, int64_t pixels) const {
     const T* a[2] = {u, nullptr};
     int64_t stride[2] = {u_stride, pixel_stride};
@@ -1002,7 +1047,7 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
       pconv.carve(&carver, x, tiling);
       out = carver.take<T>(direct ? 0 : tiling.max_pixels() * chunk);
-      mixed.rest = carver.take<T>(must_copy<S, T>(args.x_pixel_stride) ? tiling.max_pixels() * mixed.rest_stride() : 0);
+      mixed.carve(&carver, args.x_pixel_stride, tiling);
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
     for (int64_t i = begin; i < end; ++i) {
@@ -1063,7 +1108,7 @@ void block_as(const Block& args, const ParallelFor& parallel) {
       pconv.carve(&carver, x, tiling);
       hidden = carver.take<T>(tiling.max_pixels() * hidden_stride);
       sums = carver.take<T>(needs_sums ? tiling.max_pixels() * sums_stride : 0);
-      mixed.rest = carver.take<T>(must_copy<S, T>(args.x_pixel_stride) ? tiling.max_pixels() * mixed.rest_stride() : 0);
+      mixed.carve(&carver, args.x_pixel_stride, tiling);
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
       hidden_groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
@@ -1126,6 +1171,26 @@ void block_as(const Block& args, const ParallelFor& parallel) {
 
 // ---- Patch convolution ----------------------------------------------------------------------------------------------
 
+// One kernel row of `columns` patches, the first at `source`: patches[column][dx][channel], `depth` from patch to
+// patch. kWidth and kChannels are width and channels where they are known to the compiler (FasterNet's stem), else 0.
+template <int kWidth, int kChannels, class S, class T>
+void load_patch_rows(const S* source, const Image<S>& x, int64_t columns, int64_t width, int64_t channels,
+                     int64_t depth, T* patches) {
+  for (int64_t column = 0; column < columns; ++column, patches += depth) {
+    if constexpr (kWidth > 0 && kChannels > 0) {
+      FASTERNET_UNROLL
+      for (int dx = 0; dx < kWidth; ++dx, source += x.pixel_stride) {
+        FASTERNET_UNROLL
+        for (int c = 0; c < kChannels; ++c) patches[dx * kChannels + c] = to_compute(source[c * x.channel_stride]);
+      }
+    } else {  // Clang warns of loops it is told to unroll and cannot
+      for (int64_t dx = 0; dx < width; ++dx, source += x.pixel_stride) {
+        for (int64_t c = 0; c < channels; ++c) patches[dx * channels + c] = to_compute(source[c * x.channel_stride]);
+      }
+    }
+  }
+}
+
 template <class S, class T>
 void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
   const Image<S> x = image<S>(args.x, args.x_stride);
@@ -1168,18 +1233,15 @@ void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
         }
       }
       if (!in_runs) {
+        const bool stem = args.kw == 4 && args.channels == 3;
         for (int64_t row = t.row0; row < t.row1; ++row) {
-          T* const first = patches + (row - t.row0) * columns * depth;
-          for (int64_t c = 0; c < args.channels; ++c) {
-            for (int64_t dy = 0; dy < args.kh; ++dy) {
-              const S* source =
-                  x.at(row / out_height, row % out_height * args.kh + dy, t.column0 * args.kw) + c * x.channel_stride;
-              T* patch = first + dy * run + c;
-              for (int64_t column = 0; column < columns; ++column, patch += depth) {
-                for (int64_t dx = 0; dx < args.kw; ++dx, source += x.pixel_stride) {
-                  patch[dx * args.channels] = to_compute(*source);
-                }
-              }
+          for (int64_t dy = 0; dy < args.kh; ++dy) {
+            const S* source = x.at(row / out_height, row % out_height * args.kh + dy, t.column0 * args.kw);
+            T* const first = patches + (row - t.row0) * columns * depth + dy * run;
+            if (stem) {
+              load_patch_rows<4, 3>(source, x, columns, 4, 3, depth, first);
+            } else {
+              load_patch_rows<0, 0>(source, x, columns, args.kw, args.channels, depth, first);
             }
           }
         }
@@ -1317,6 +1379,7 @@ void head(const Head& args, const ParallelFor& parallel) {
 }
 
 #include "peak.inl.h"
+#include "training.inl.h"
 
 }  // namespace FASTERNET_ISA_NAMESPACE
 
@@ -1327,6 +1390,13 @@ const Kernels FASTERNET_KERNELS = {FASTERNET_ISA,
                                    FASTERNET_ISA_NAMESPACE::block,
                                    FASTERNET_ISA_NAMESPACE::patch_conv,
                                    FASTERNET_ISA_NAMESPACE::head,
+                                   FASTERNET_ISA_NAMESPACE::pw_stats,
+                                   FASTERNET_ISA_NAMESPACE::pw_stats_backward,
+                                   FASTERNET_ISA_NAMESPACE::bn_act,
+                                   FASTERNET_ISA_NAMESPACE::act_pw_residual,
+                                   FASTERNET_ISA_NAMESPACE::act_pw_residual_backward,
+                                   FASTERNET_ISA_NAMESPACE::pconv3x3_backward,
+                                   FASTERNET_ISA_NAMESPACE::patch_conv_backward,
                                    FASTERNET_ISA_NAMESPACE::fma_loop};
 
 }  // namespace fasternet

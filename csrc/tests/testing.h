@@ -59,7 +59,9 @@ int run_tests(const char* test, Body body) {
   const char* wanted = std::getenv("FASTERNET_KERNELS_ISA");
   if (wanted != nullptr && *wanted != '\0') {
     bool known = false, available = false;
-    for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) known |= wanted == std::string(fasternet::isa_name(isa));
+    for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kNeon}) {
+      known |= wanted == std::string(fasternet::isa_name(isa));
+    }
     for (Isa isa : fasternet::available_isas()) available |= wanted == std::string(fasternet::isa_name(isa));
     if (known && !available) {
       std::printf("SKIP: %s: this build or this processor has no %s\n", test, wanted);

@@ -1,0 +1,1691 @@
+// The training kernels, once for every instruction set: included by kernels.inl.h inside its namespace.
+//
+// Each operator walks tiles of pixels as the inference kernels do, and recomputes u and a tile by tile rather than keep
+// them. Three kinds of GEMM appear. Those along channels (z, the projection, da, du) are `gemm`'s, whose B operand is
+// packed here by each thread for the columns it works on, because weights change at every step. The weight gradients
+// run along pixels, dw = g^T a: both operands are read a row of channels at a time, so the micro-kernel `outer` adds
+// products of a few channels of g with a few vectors of a, pixel by pixel.
+//
+// Work is shared among threads in one of two ways. Where there are many pixels each thread takes tiles, and packs all
+// weights for itself; where there are few, each takes columns, and no weight is packed or read twice. Sums over pixels
+// are cut into chunks of tiles that depend on the shape alone and added up in order, so that the bits never depend on
+// the number of threads.
+
+constexpr int64_t kColumnUnit = 32;        // columns are shared in multiples of it: whole tiles of the micro-kernels
+constexpr int64_t kPixelsPerThread = 512;  // with fewer, packing all weights for each thread shows: share columns
+constexpr int64_t kBlockElements = 144 << 10;  // of a packed weight that is walked with once for all tiles: fits L2
+constexpr int64_t kChunkPixels = 512;          // of one partial sum of a weight gradient, at least
+constexpr int64_t kSmallWeight = 64 << 10;     // a larger weight's partial sums cost more: twice the pixels
+constexpr int64_t kMaxChunks = 32;
+constexpr int64_t kRowUnit =
+    24;  // rows of a weight gradient are shared in multiples of it: of every micro-kernel's rows
+constexpr int64_t kSumRows = 16;  // values in one chain of additions
+
+// ---- Vectors of channels --------------------------------------------------------------------------------------------
+
+// float in vectors; double one by one, which is enough for gradient checks.
+template <class T>
+struct Lanes {
+  using VT = VecOf<float, FASTERNET_VECTOR_BYTES>;
+  using V = typename VT::type;
+  static constexpr int kLanes = VT::kLanes;
+};
+template <>
+struct Lanes<double> {
+  struct VT {};
+  using V = double;
+  static constexpr int kLanes = 1;
+};
+template <class T>
+using LanesOf = typename Lanes<T>::V;
+
+constexpr int kFloatLanes = Lanes<float>::kLanes;
+
+// Loads and stores of vectors V, or of one value, with the conversion from and to storage.
+template <class V, class S>
+inline V load_as(const S* p) {
+  if constexpr (Same<V, float>::value || Same<V, double>::value) {
+    return to_compute(*p);
+  } else if constexpr (Same<S, bf16>::value) {
+    using Halves = typename VecOf<uint16_t, sizeof(V) / 2>::type;
+    using Words = typename VecOf<uint32_t, sizeof(V)>::type;
+    const Words bits = __builtin_convertvector(load<Halves>(p), Words) << 16;
+    return load<V>(&bits);
+  } else {
+    return load<V>(p);
+  }
+}
+template <class V, class S>
+inline void store_as(V v, S* p) {
+  if constexpr (Same<V, float>::value || Same<V, double>::value) {
+    to_storage(v, p);
+  } else if constexpr (Same<S, bf16>::value) {  // as to_storage
+    using Halves = typename VecOf<uint16_t, sizeof(V) / 2>::type;
+    using Words = typename VecOf<uint32_t, sizeof(V)>::type;
+    Words bits;
+    store(&bits, v);
+    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    store(p, __builtin_convertvector((v != v ? (bits | 0x400000) : rounded) >> 16, Halves));
+  } else {
+    store(p, v);
+  }
+}
+
+// The first n channels at p; the others are zero.
+template <class T, class S>
+inline LanesOf<T> load_part(const S* p, int64_t n) {
+  constexpr int kLanes = Lanes<T>::kLanes;
+  if (n >= kLanes) return load_as<LanesOf<T>>(p);
+  T part[kLanes] = {};
+  for (int64_t i = 0; i < n; ++i) part[i] = to_compute(p[i]);
+  return load_as<LanesOf<T>>(part);
+}
+template <class T, class S>
+inline void store_part(LanesOf<T> v, S* p, int64_t n) {
+  constexpr int kLanes = Lanes<T>::kLanes;
+  if (n >= kLanes) return store_as(v, p);
+  T part[kLanes];
+  store_as(v, part);
+  for (int64_t i = 0; i < n; ++i) to_storage(part[i], p + i);
+}
+
+// f.template run<V>(j) on vectors that cover [0, columns) and nothing else: whole ones, the last of which may overlap
+// the one before it, or where there are too few columns narrower ones. f must not mind being run twice on a column.
+template <class T, class F>
+inline void for_columns(int64_t columns, const F& f) {
+  using V = LanesOf<T>;
+  constexpr int64_t kLanes = Lanes<T>::kLanes;
+  if constexpr (Same<T, double>::value) {
+    for (int64_t j = 0; j < columns; ++j) f.template run<double>(j);
+  } else if (columns >= kLanes) {
+    for (int64_t j = 0; j < columns - kLanes; j += kLanes) f.template run<V>(j);
+    f.template run<V>(columns - kLanes);
+  } else {
+    using Half = typename VecOf<float, FASTERNET_VECTOR_BYTES / 2>::type;
+    if (columns >= kLanes / 2) {
+      f.template run<Half>(0);
+      f.template run<Half>(columns - kLanes / 2);
+    } else {
+      for (int64_t j = 0; j < columns; ++j) f.template run<float>(j);
+    }
+  }
+}
+
+// to = from + add, where add is there.
+template <class S, class A, class D>
+struct Combine {
+  const S* from;
+  const A* add;
+  D* to;
+  template <class V>
+  void run(int64_t j) const {
+    V v = load_as<V>(from + j);
+    if (add) v += load_as<V>(add + j);
+    store_as(v, to + j);
+  }
+};
+template <class T, class S, class A, class D>
+inline void combine(const S* from, const A* add, D* to, int64_t columns) {
+  for_columns<T>(columns, Combine<S, A, D>{from, add, to});
+}
+
+// f(row0, row1, column, valid lanes) over blocks of kSumRows rows and one vector of columns. That order defeats the
+// processor's own prefetching: f asks for what lies kSumRows rows ahead.
+template <class T, class F>
+inline void for_blocks(int64_t rows, int64_t columns, const F& f) {
+  for (int64_t r = 0; r < rows; r += kSumRows) {
+    for (int64_t j = 0; j < columns; j += Lanes<T>::kLanes) f(r, clip(r + kSumRows, rows), j, columns - j);
+  }
+}
+
+// Adds the n lanes of v to sums.
+template <class T>
+inline void add_lanes(LanesOf<T> v, int64_t n, double* sums) {
+  constexpr int kLanes = Lanes<T>::kLanes;
+  T part[kLanes];
+  store_as(v, part);
+  if (n >= kLanes) {
+    for (int i = 0; i < kLanes; ++i) sums[i] += part[i];
+  } else {
+    for (int64_t i = 0; i < n; ++i) sums[i] += part[i];
+  }
+}
+
+// Elements from row to row of a scratch of `columns` columns: whole vectors, and an odd number of cache lines, so that
+// neighbouring rows do not compete for the same set of the cache.
+template <class T>
+int64_t row_pitch(int64_t columns) {
+  return (ceil_div(columns, panel_width<T>()) | 1) * panel_width<T>();
+}
+
+// out[rows][out_stride] = source * factor[row], converted.
+template <class S, class T, class D>
+struct Scaled {
+  const S* from;
+  T factor;
+  D* to;
+  template <class V>
+  void run(int64_t j) const {
+    store_as(load_as<V>(from + j) * factor, to + j);
+  }
+};
+template <class S, class D, class T>
+void copy_rows(const S* source, int64_t stride, int64_t rows, int64_t columns, const T* factor, D* out,
+               int64_t out_stride) {
+  for (int64_t r = 0; r < rows; ++r, source += stride, out += out_stride) {
+    if (factor) {
+      for_columns<T>(columns, Scaled<S, T, D>{source, factor[r], out});
+    } else {
+      combine<T>(source, static_cast<const T*>(nullptr), out, columns);
+    }
+  }
+}
+
+// Scratch whose rows end in columns that are read but never written: left as they are they could hold numbers that are
+// slow to multiply.
+template <class T>
+void clear(T* p, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) p[i] = 0;
+}
+
+// ---- Activations and their derivatives ------------------------------------------------------------------------------
+
+template <class F>
+void with_act(Act act, const F& f) {
+  switch (act) {
+    case Act::kIdentity:
+      return f.template run<Act::kIdentity>();
+    case Act::kRelu:
+      return f.template run<Act::kRelu>();
+    case Act::kGelu:
+      return f.template run<Act::kGelu>();
+    case Act::kGeluTanh:
+      return f.template run<Act::kGeluTanh>();
+    case Act::kSilu:
+      return f.template run<Act::kSilu>();
+    case Act::kHardswish:
+      return f.template run<Act::kHardswish>();
+  }
+}
+
+// The standard normal distribution function, as in gelu_ps.
+template <class VT>
+inline typename VT::type normal_cdf_ps(typename VT::type x) {
+  using V = typename VT::type;
+  const V zero = {};
+  const V t = x * x;
+  V p = t * 2.339298710296589e-08f + 6.3602874433854595e-06f;
+  p = p * t + 1.64284574566409e-04f;
+  p = p * t + 4.650618880987167e-03f;
+  p = p * t + 3.336801007390022e-02f;
+  p = p * t + 3.98942232131958e-01f;
+  V q = t * 1.2167955674158293e-06f + 7.239125989144668e-05f;
+  q = q * t + 1.858761883340776e-03f;
+  q = q * t + 2.8376344591379166e-02f;
+  q = q * t + 2.503072917461395e-01f;
+  q = q * t + 1.0f;
+  V phi = x * p / q + 0.5f;
+  phi = x > zero + 5.4f ? zero + 1.0f : phi;
+  return x < zero - 5.4f ? zero : phi;
+}
+
+// a = act(x) and da becomes da * act'(x). Where the derivative is zero the gradient is, whatever da.
+template <Act kAct, class VT>
+inline void act_and_gradient_ps(typename VT::type x, typename VT::type* a, typename VT::type* da) {
+  using V = typename VT::type;
+  const V zero = {};
+  if constexpr (kAct == Act::kRelu) {
+    *a = x < zero ? zero : x;
+    *da = x <= zero ? zero : *da;
+  } else if constexpr (kAct == Act::kGelu) {
+    const V cdf = normal_cdf_ps<VT>(x);
+    *a = x * cdf;
+    *da *= x * (exp_ps<VT>(x * x * -0.5f) * 0.3989422804014327f) + cdf;
+  } else if constexpr (kAct == Act::kGeluTanh || kAct == Act::kSilu) {
+    // x * s(y), s(y) = 1 / (1 + exp(-y)), y = x or as in act_ps. 1 - s cancels, exp(-y) * s does not.
+    const V square = x * x;
+    const V y = kAct == Act::kSilu ? x : (square * 0.044715f + 1.0f) * x * 1.5957691216057308f;
+    const V slope = kAct == Act::kSilu ? zero + 1.0f : (square * (3 * 0.044715f) + 1.0f) * 1.5957691216057308f;
+    const V e = exp_ps<VT>(-y);
+    const V s = y < zero - 87.0f ? zero : 1.0f / (e + 1.0f);  // as in sigmoid_ps
+    *a = x * s;
+    *da *= e * s * s * x * slope + s;
+  } else if constexpr (kAct == Act::kHardswish) {
+    *a = act_ps<kAct, VT>(x);
+    const V inside = x <= zero + 3.0f ? *da * (x * (1.0f / 3.0f) + 0.5f) : *da;
+    *da = x < zero - 3.0f ? zero : inside;
+  } else {
+    *a = x;
+  }
+}
+template <Act kAct>
+inline void act_and_gradient_pd(double x, double* a, double* da) {
+  *a = act_pd<kAct>(x);
+  if constexpr (kAct == Act::kRelu) {
+    *da = x <= 0.0 ? 0.0 : *da;
+  } else if constexpr (kAct == Act::kGelu) {
+    *da *= 0.5 * (1.0 + ::erf(x * 0.70710678118654752440)) + x * ::exp(-0.5 * x * x) * 0.39894228040143267794;
+  } else if constexpr (kAct == Act::kGeluTanh) {
+    const double t = ::tanh(0.79788456080286535588 * (x + 0.044715 * x * x * x));
+    *da *= 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * 0.79788456080286535588 * (1.0 + 3 * 0.044715 * x * x);
+  } else if constexpr (kAct == Act::kSilu) {
+    const double s = 1.0 / (1.0 + ::exp(-x));
+    *da *= s * (1.0 + x * (1.0 - s));
+  } else if constexpr (kAct == Act::kHardswish) {
+    const double inside = x <= 3.0 ? *da * (x / 3.0 + 0.5) : *da;
+    *da = x < -3.0 ? 0.0 : inside;
+  }
+}
+template <Act kAct, class T>
+inline void act_and_gradient(LanesOf<T> x, LanesOf<T>* a, LanesOf<T>* da) {
+  if constexpr (Same<T, double>::value) {
+    act_and_gradient_pd<kAct>(x, a, da);
+  } else {
+    act_and_gradient_ps<kAct, typename Lanes<T>::VT>(x, a, da);
+  }
+}
+template <Act kAct, class T>
+inline LanesOf<T> act_of(LanesOf<T> x) {
+  if constexpr (Same<T, double>::value) {
+    return act_pd<kAct>(x);
+  } else {
+    return act_ps<kAct, typename Lanes<T>::VT>(x);
+  }
+}
+
+// ---- Batch norm and activation of a tile ----------------------------------------------------------------------------
+
+// The batch norm of some columns: vectors that start at the first of them.
+template <class T>
+struct Norm {
+  const T* mean;
+  const T* scale;
+  const T* shift;
+  Norm at(int64_t column) const { return {mean + column, scale + column, shift + column}; }
+};
+
+// a[rows][a_stride] = act((z - mean) * scale + shift); with kFill whole vectors, else the columns alone.
+template <class S, class T, class A, bool kFill>
+struct BnActTile {
+  const S* z;
+  int64_t z_stride, rows, columns;
+  Norm<T> norm;
+  A* a;
+  int64_t a_stride;
+
+  template <Act kAct>
+  void run() const {
+    for_blocks<T>(rows, columns, [&](int64_t row0, int64_t row1, int64_t j, int64_t n) {
+      const LanesOf<T> mean = load_part<T>(norm.mean + j, n), scale = load_part<T>(norm.scale + j, n),
+                       shift = load_part<T>(norm.shift + j, n);
+      for (int64_t r = row0; r < row1; ++r) {
+        __builtin_prefetch(z + (r + kSumRows) * z_stride + j);
+        const LanesOf<T> centred = load_part<T>(z + r * z_stride + j, n) - mean;
+        const LanesOf<T> value = act_of<kAct, T>(centred * scale + shift);
+        store_part<T>(value, a + r * a_stride + j, kFill ? Lanes<T>::kLanes : n);
+      }
+    });
+  }
+};
+
+// From da, the gradient of a: with dt = da * factor[row] * act'(t), t = (z - mean) * scale + shift,
+// dz = dt * scale, and to the sums dshift += dt and dscale += dt * (z - mean). Also a itself. What is null is left out.
+template <class S, class D, class T>
+struct BnActBackwardTile {
+  const D* da;
+  int64_t da_stride;
+  const S* z;
+  int64_t z_stride, rows, columns;
+  Norm<T> norm;
+  const T* factor;
+  S* dz;
+  int64_t dz_stride;
+  T* a;
+  int64_t a_stride;
+  double* dscale;
+  double* dshift;
+
+  template <Act kAct>
+  void run() const {
+    using V = LanesOf<T>;
+    for_blocks<T>(rows, columns, [&](int64_t row0, int64_t row1, int64_t j, int64_t n) {
+      const V mean = load_part<T>(norm.mean + j, n), scale = load_part<T>(norm.scale + j, n),
+              shift = load_part<T>(norm.shift + j, n);
+      V sum = {}, product = {};
+      for (int64_t r = row0; r < row1; ++r) {
+        __builtin_prefetch(z + (r + kSumRows) * z_stride + j);
+        if (dz) __builtin_prefetch(dz + (r + kSumRows) * dz_stride + j, 1);
+        const V centred = load_part<T>(z + r * z_stride + j, n) - mean;
+        V dt = load_part<T>(da + r * da_stride + j, n), value;
+        if (factor) dt *= factor[r];
+        act_and_gradient<kAct, T>(centred * scale + shift, &value, &dt);
+        sum += dt;
+        product += dt * centred;
+        if (dz) store_part<T>(dt * scale, dz + r * dz_stride + j, n);
+        if (a) store_as(value, a + r * a_stride + j);
+      }
+      if (dshift) add_lanes<T>(sum, n, dshift + j);
+      if (dscale) add_lanes<T>(product, n, dscale + j);
+    });
+  }
+};
+
+// out = dz + dmean / pixels + 2 * dm2 * (z - mean): the gradient of z where its statistics depend on it too.
+template <class S, class T>
+struct TotalGradient {
+  const S* dz;
+  int64_t dz_stride;
+  const S* z;
+  int64_t z_stride;
+  const T* mean;
+  const T* dmean;  // divided by the number of pixels
+  const T* dm2;    // twice
+
+  void tile(int64_t pixel, int64_t rows, int64_t column, int64_t columns, T* out, int64_t out_stride) const {
+    constexpr int kLanes = Lanes<T>::kLanes;
+    for (int64_t r = 0; r < rows; ++r) {
+      const S* const from_z = z + (pixel + r) * z_stride + column;
+      const S* const from_dz = dz + (pixel + r) * dz_stride + column;
+      for (int64_t j = 0; j < columns; j += kLanes) {
+        const int64_t n = columns - j;
+        const LanesOf<T> centred = load_part<T>(from_z + j, n) - load_part<T>(mean + column + j, n);
+        const LanesOf<T> g = load_part<T>(from_dz + j, n) + load_part<T>(dmean + column + j, n);
+        store_as(centred * load_part<T>(dm2 + column + j, n) + g, out + r * out_stride + j);
+      }
+    }
+  }
+};
+
+// mean = pivot + off and m2 (sum of squared deviations from it) of each column. Deviations are taken from a pivot, the
+// mean of the first pixels, which keeps the digits of channels far from zero: it is off the tile's own mean by so
+// little that m2 = sum d^2 - (sum d)^2 / rows loses at most a factor rows / 8 in relative error, whatever the values.
+template <class S, class T>
+void tile_statistics(const S* z, int64_t stride, int64_t rows, int64_t columns, double* pivots, double* offs,
+                     double* m2) {
+  using V = LanesOf<T>;
+  constexpr int kLanes = Lanes<T>::kLanes;
+  // In bfloat16 the first value itself, from which differences are exact.
+  const int64_t first = Same<S, bf16>::value ? 1 : clip(8, rows);
+  const T share = T(1) / static_cast<T>(first);
+  for (int64_t j = 0; j < columns; j += kLanes) {
+    const int64_t n = columns - j;
+    V pivot = {};
+    for (int64_t r = 0; r < first; ++r) pivot += load_part<T>(z + r * stride + j, n) * share;
+    double sums[kLanes] = {}, squares[kLanes] = {};
+    for (int64_t row0 = 0; row0 < rows; row0 += kSumRows) {
+      V sum = {}, square = {};
+      for (int64_t r = row0; r < clip(row0 + kSumRows, rows); ++r) {
+        const V d = load_part<T>(z + r * stride + j, n) - pivot;
+        sum += d;
+        square += d * d;
+      }
+      add_lanes<T>(sum, kLanes, sums);
+      add_lanes<T>(square, kLanes, squares);
+    }
+    T part[kLanes];
+    store_as(pivot, part);
+    for (int64_t i = 0; i < clip(kLanes, n); ++i) {
+      const double off = sums[i] / static_cast<double>(rows), left = squares[i] - sums[i] * off;
+      pivots[j + i] = part[i];
+      offs[j + i] = off;
+      m2[j + i] = left < 0 ? 0 : left;
+    }
+  }
+}
+
+// ---- Operands -------------------------------------------------------------------------------------------------------
+
+// Packs B[k][n] = w[n * n_stride + k * k_stride] * n_scale[n] * k_scale[k] in the panels of Packed, without a shift.
+// One of the strides is 1.
+template <class S, class T>
+void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k, const T* n_scale,
+                  const T* k_scale, T* out) {
+  constexpr int64_t kWidth = panel_width<T>();
+  constexpr int64_t kRun = 16;
+  const int64_t n_padded = padded_n(n, sizeof(T));
+  if (n_stride == 1 && !n_scale) {
+    for (int64_t i = 0; i < k; ++i) {
+      const T factor = k_scale ? k_scale[i] : T(1);
+      for (int64_t n0 = 0; n0 < n_padded; n0 += kWidth) {
+        const int64_t lanes = clip(kWidth, n_padded - n0), valid = clip(lanes, n - n0);
+        const S* const source = w + n0 + i * k_stride;
+        T* const row = out + n0 * k + i * lanes;
+        if (valid == kWidth) {
+          for (int64_t lane = 0; lane < kWidth; ++lane) row[lane] = to_compute(source[lane]) * factor;
+        } else {
+          for (int64_t lane = 0; lane < valid; ++lane) row[lane] = to_compute(source[lane]) * factor;
+          for (int64_t lane = valid; lane < lanes; ++lane) row[lane] = 0;
+        }
+        if (n_scale) {
+          for (int64_t lane = 0; lane < valid; ++lane) row[lane] *= n_scale[n0 + lane];
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t n0 = 0; n0 < n_padded; n0 += kWidth) {
+    const int64_t lanes = clip(kWidth, n_padded - n0), valid = clip(lanes, n - n0);
+    // A cache line of each output channel at a time.
+    for (int64_t k0 = 0; k0 < k; k0 += kRun) {
+      const int64_t run = clip(kRun, k - k0);
+      T* const block = out + k0 * lanes;
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        const S* const source = w + (n0 + lane) * n_stride + k0;
+        if (lane >= valid) {
+          for (int64_t i = 0; i < run; ++i) block[i * lanes + lane] = 0;
+        } else if (run == kRun && lanes == kWidth) {
+          for (int64_t i = 0; i < kRun; ++i) block[i * kWidth + lane] = to_compute(source[i]);
+        } else {
+          for (int64_t i = 0; i < run; ++i) block[i * lanes + lane] = to_compute(source[i]);
+        }
+      }
+      if (n_scale) {
+        for (int64_t i = 0; i < run; ++i) {
+          for (int64_t lane = 0; lane < valid; ++lane) block[i * lanes + lane] *= n_scale[n0 + lane];
+        }
+      }
+    }
+    out += lanes * k;
+  }
+}
+
+// Packs the 3x3 kernel w (c_partial, c_partial, 3, 3), or with `transposed` the one that takes gradients of the output
+// to gradients of the input: output columns [n0, n1), K = (tap, input channel).
+template <class S, class T>
+void pack_conv3x3(const S* w, int64_t c_partial, bool transposed, int64_t n0, int64_t n1, T* out) {
+  constexpr int64_t kRun = 16;
+  const int64_t n_stride = transposed ? 9 : 9 * c_partial, c_stride = transposed ? 9 * c_partial : 9;
+  const int64_t n_padded = n0 + padded_n(n1 - n0, sizeof(T));
+  for (; n0 < n_padded; n0 += panel_width<T>()) {
+    const int64_t lanes = clip(panel_width<T>(), n_padded - n0);
+    for (int64_t c0 = 0; c0 < c_partial; c0 += kRun) {
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        for (int64_t c = c0; c < clip(c0 + kRun, c_partial); ++c) {
+          const S* const taps = w + (n0 + lane) * n_stride + c * c_stride;
+          T* const to = out + c * lanes + lane;
+          for (int64_t tap = 0; tap < 9; ++tap) {
+            const T value = n0 + lane < n1 ? to_compute(taps[transposed ? 8 - tap : tap]) : T(0);
+            to[tap * c_partial * lanes] = value;
+          }
+        }
+      }
+    }
+    out += lanes * 9 * c_partial;
+  }
+}
+
+// ---- Products along pixels ------------------------------------------------------------------------------------------
+
+// c[kRows][kVecs vectors] (+)= sum over pixels of a[pixel][row] * b[pixel][column].
+template <class T, int kRows, int kVecs>
+void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t pixels, bool add, T* c,
+           int64_t c_stride) {
+  using V = typename VecOf<T, FASTERNET_VECTOR_BYTES>::type;
+  constexpr int kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
+  V acc[kRows][kVecs];
+  FASTERNET_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTERNET_UNROLL
+    for (int j = 0; j < kVecs; ++j) acc[r][j] = V{};
+  }
+  for (int64_t p = 0; p < pixels; ++p, a += a_stride, b += b_stride) {
+    V w[kVecs];
+    FASTERNET_UNROLL
+    for (int j = 0; j < kVecs; ++j) w[j] = load<V>(b + j * kLanes);
+    FASTERNET_UNROLL
+    for (int r = 0; r < kRows; ++r) {
+      const T value = a[r];
+      FASTERNET_UNROLL
+      for (int j = 0; j < kVecs; ++j) acc[r][j] += w[j] * value;
+    }
+  }
+  FASTERNET_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    FASTERNET_UNROLL
+    for (int j = 0; j < kVecs; ++j) {
+      T* const to = c + r * c_stride + j * kLanes;
+      store(to, add ? acc[r][j] + load<V>(to) : acc[r][j]);
+    }
+  }
+}
+
+// 12 rows x 2 vectors or 8 x 3 in the 32 registers of AVX-512, half as many rows in 16 registers. Three vectors end an
+// odd number of them.
+constexpr int kOuterRows = FASTERNET_VECTOR_BYTES == 64 ? 12 : 6;
+template <class T, int kVecs>
+struct OuterTable {
+  static constexpr int kMost = kVecs == 3 ? kOuterRows * 2 / 3 : kOuterRows;
+  using Function = void (*)(const T*, int64_t, const T*, int64_t, int64_t, bool, T*, int64_t);
+  Function rows[kMost + 1];
+  constexpr OuterTable() : rows() { fill<1>(); }
+  template <int kRows>
+  constexpr void fill() {
+    rows[kRows] = outer<T, kRows, kVecs>;
+    if constexpr (kRows < kMost) fill<kRows + 1>();
+  }
+};
+template <class T, int kVecs>
+constexpr OuterTable<T, kVecs> kOuter{};
+
+// c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], kOuterDepth pixels at a time, which keeps the rounding
+// error of many pixels near that of a few. Rows of b are readable to whole vectors.
+constexpr int64_t kOuterDepth = 32;
+template <class T>
+void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t pixels,
+                  bool add, T* c, int64_t c_stride) {
+  constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
+  for (int64_t j = 0; j < n;) {
+    const int64_t vectors = ceil_div(n - j, kLanes);
+    const int64_t use = vectors == 1 || vectors == 3 ? vectors : 2, width = use * kLanes;
+    const auto* const table = use == 1 ? kOuter<T, 1>.rows : use == 2 ? kOuter<T, 2>.rows : kOuter<T, 3>.rows;
+    const int64_t most = use == 3 ? OuterTable<T, 3>::kMost : kOuterRows;
+    const int64_t groups = ceil_div(m, most), passes = ceil_div(pixels, kOuterDepth);
+    for (int64_t i = 0; i < groups; ++i) {
+      const int64_t row = i * m / groups, rows = (i + 1) * m / groups - row;
+      T* const to = c + row * c_stride + j;
+      // Columns beyond n go through a tile of their own, added up in the same order.
+      T tile[kOuterRows * 3 * kLanes];
+      const bool whole = j + width <= n;
+      for (int64_t r = 0; !whole && add && r < rows; ++r) {
+        for (int64_t k = 0; k < width; ++k) tile[r * width + k] = k < n - j ? to[r * c_stride + k] : T(0);
+      }
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        const int64_t p0 = pass * pixels / passes, p1 = (pass + 1) * pixels / passes;
+        table[rows](a + row + p0 * a_stride, a_stride, b + j + p0 * b_stride, b_stride, p1 - p0, pass > 0 || add,
+                    whole ? to : tile, whole ? c_stride : width);
+      }
+      for (int64_t r = 0; !whole && r < rows; ++r) {
+        for (int64_t k = 0; k < n - j; ++k) to[r * c_stride + k] = tile[r * width + k];
+      }
+    }
+    j += width;
+  }
+}
+
+// ---- Sharing work ---------------------------------------------------------------------------------------------------
+
+// Of a GEMM with n columns and depth k over all tiles.
+struct Share {
+  bool by_columns;
+  int64_t block;  // columns whose packed weight is kept while the tiles go by
+  Share(int64_t pixels, int64_t n, int64_t k, int threads) {
+    by_columns = pixels < kPixelsPerThread * threads && n > kColumnUnit;
+    block = kBlockElements / (k > 0 ? k : 1) / kColumnUnit * kColumnUnit;
+    if (block < kColumnUnit) block = kColumnUnit;
+    if (block > n) block = n;
+  }
+  bool tile_by_tile(int64_t n) const { return !by_columns && block >= n; }
+};
+
+// run(tile0, tile1, n0, n1) on all tiles and all n columns.
+template <class F>
+void share_out(const ParallelFor& parallel, const Share& share, int64_t tiles, int64_t n, const F& run) {
+  if (share.by_columns) {
+    parallel_for(parallel, ceil_div(n, kColumnUnit), [&](int64_t begin, int64_t end) {
+      run(int64_t{0}, tiles, begin * kColumnUnit, clip(end * kColumnUnit, n));
+    });
+  } else {
+    parallel_for(parallel, tiles, [&](int64_t begin, int64_t end) { run(begin, end, int64_t{0}, n); });
+  }
+}
+
+// The tiles in chunks, each of which makes its own partial sums.
+struct Chunks {
+  int64_t tiles, count;
+  Chunks(int64_t tiles_, int64_t pixels, int64_t weight_elements)
+      : tiles(tiles_), count(pixels / (weight_elements > kSmallWeight ? 2 * kChunkPixels : kChunkPixels)) {
+    if (count > kMaxChunks) count = kMaxChunks;
+    if (count > tiles) count = tiles;
+    if (count < 1) count = 1;
+  }
+  int64_t begin(int64_t chunk) const { return chunk * tiles / count; }
+};
+
+// run(chunk, n0, n1) on every chunk and all n columns, in multiples of `unit` columns.
+template <class F>
+void share_chunks(const ParallelFor& parallel, const Chunks& chunks, int64_t n, int64_t unit, const F& run) {
+  const int64_t units = ceil_div(n, unit);
+  parallel_for(parallel, chunks.count * units, [&](int64_t begin, int64_t end) {
+    while (begin < end) {
+      const int64_t chunk = begin / units, first = begin % units, last = clip(first + end - begin, units);
+      run(chunk, first * unit, clip(last * unit, n));
+      begin += last - first;
+    }
+  });
+}
+
+// The images of an operator.
+struct Extent {
+  int64_t height, width, rows, pixels;
+  Tiling tiling;
+  Extent(int64_t batch, int64_t height_, int64_t width_)
+      : height(height_), width(width_), rows(batch * height_), pixels(rows * width_), tiling(rows, width_, 1) {}
+};
+
+// ---- The 3x3 convolution of all pixels ------------------------------------------------------------------------------
+
+// Rows row0 - 1 .. row1 of a tile and the columns around it, zero outside the image, rows of other images as they are;
+// after them a row of zeros.
+template <class S, class T>
+void load_padded_tile(const Image<S>& x, int64_t channels, const Extent& extent, const Tiling::Tile& t, T* padded) {
+  const int64_t padded_row = (t.columns() + 2) * channels;
+  for (int64_t row = t.row0 - 1; row <= t.row1; ++row) {
+    if (row < 0 || row >= extent.rows) continue;
+    T* out = padded + (row - t.row0 + 1) * padded_row;
+    for (int64_t column = t.column0 - 1; column <= t.column1; ++column, out += channels) {
+      if (column < 0 || column >= extent.width) {
+        for (int64_t c = 0; c < channels; ++c) out[c] = 0;
+        continue;
+      }
+      combine<T>(x.at(row / extent.height, row % extent.height, column), static_cast<const T*>(nullptr), out, channels);
+    }
+  }
+  T* const zeros = padded + (t.row1 - t.row0 + 2) * padded_row;
+  for (int64_t i = 0; i < padded_row; ++i) zeros[i] = 0;
+}
+inline int64_t padded_elements(const Tiling& tiling, int64_t channels) {
+  return (tiling.max_rows() + 3) * (tiling.max_columns() + 2) * channels + 3 * kFloatLanes;
+}
+
+// Columns of the convolution of a tile into u: w is packed for them, K runs over `channels` channels of x.
+template <class S, class T>
+void conv3x3_tile(const Image<S>& x, int64_t channels, const Extent& extent, const Tiling::Tile& t, const Packed<T>& w,
+                  T* padded, RowGroup<T>* groups, T* u, int64_t u_stride) {
+  const int64_t columns = t.columns(), padded_row = (columns + 2) * channels;
+  load_padded_tile<S, T>(x, channels, extent, t, padded);
+  const T* const zeros = padded + (t.row1 - t.row0 + 2) * padded_row;
+  Gemm<T> g = {};
+  g.groups = groups;
+  g.n_segments = 3;
+  for (int s = 0; s < 3; ++s) {
+    g.segment_k[s] = 3 * channels;
+    g.segment_stride[s] = channels;
+  }
+  for (int64_t row = t.row0; row < t.row1; ++row) {
+    const int64_t y = row % extent.height;
+    const T* middle = padded + (row - t.row0 + 1) * padded_row;
+    const T* const a[3] = {y > 0 ? middle - padded_row : zeros, middle,
+                           y + 1 < extent.height ? middle + padded_row : zeros};
+    g.n_groups += add_groups<T>(groups + g.n_groups, (row - t.row0) * columns, columns, 3, a, g.segment_stride);
+  }
+  g.b = &w;
+  g.n_end = w.n_padded;
+  g.c = u;
+  g.c_stride = u_stride;
+  gemm(g);
+}
+// u[pixels][u_stride] = the 3x3 convolution of the first c_partial channels of x, or its transpose; u_stride is at
+// least c_partial rounded up to half a panel.
+template <class W, class S, class T>
+void conv3x3_all(const Image<S>& x, int64_t c_partial, const W* w, bool transposed, const Extent& extent, T* u,
+                 int64_t u_stride, const ParallelFor& parallel) {
+  const Tiling& tiling = extent.tiling;
+  const Share share(extent.pixels, c_partial, 9 * c_partial, parallel.num_threads);
+  share_out(parallel, share, tiling.tiles, c_partial, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
+    T *packed, *padded;
+    RowGroup<T>* groups;
+    Carver carver;
+    for (int round = 0; round < 2; ++round) {
+      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+      packed = carver.take<T>(packed_elements(share.block, 9 * c_partial, sizeof(T)));
+      padded = carver.take<T>(padded_elements(tiling, c_partial));
+      groups = carver.take<RowGroup<T>>(tiling.max_groups());
+    }
+    for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
+      const int64_t b1 = clip(b0 + share.block, n1);
+      pack_conv3x3(w, c_partial, transposed, b0, b1, packed);
+      const Packed<T> part(packed, b1 - b0, 9 * c_partial);
+      for (int64_t i = tile0; i < tile1; ++i) {
+        const Tiling::Tile t = tiling.tile(i);
+        conv3x3_tile<S, T>(x, c_partial, extent, t, part, padded, groups, u + t.pixel(extent.width) * u_stride + b0,
+                           u_stride);
+      }
+    }
+  });
+}
+
+// ---- pw_stats -------------------------------------------------------------------------------------------------------
+
+template <class S, class T>
+void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
+  const int64_t channels = args.channels, c_partial = args.c_partial, c_out = args.c_out;
+  const Extent extent(args.batch, args.height, args.width);
+  const Tiling& tiling = extent.tiling;
+  const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
+  const S *const w_partial = static_cast<const S*>(args.w_partial), *const w_pw = static_cast<const S*>(args.w_pw);
+  S* const z = static_cast<S*>(args.z);
+  const Share share(extent.pixels, c_out, channels, parallel.num_threads);
+  const bool fused = share.tile_by_tile(c_out);
+  const int64_t u_stride = padded_n(c_partial, sizeof(T));
+  double *pivots, *offs, *m2s;
+  T* u_all;
+  Carver shared;
+  for (int round = 0; round < 2; ++round) {
+    if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
+    pivots = shared.take<double>(tiling.tiles * c_out);
+    offs = shared.take<double>(tiling.tiles * c_out);
+    m2s = shared.take<double>(tiling.tiles * c_out);
+    u_all = shared.take<T>(fused ? 0 : extent.pixels * u_stride);
+  }
+  if (!fused) conv3x3_all<S, S, T>(x, c_partial, w_partial, false, extent, u_all, u_stride, parallel);
+  share_out(parallel, share, tiling.tiles, c_out, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
+    T *packed_partial, *packed, *padded, *u_tile, *out;
+    RowGroup<T>*conv_groups, *groups;
+    MixedRows<S, T> mixed = {c_partial, channels, u_stride};
+    Carver carver;
+    for (int round = 0; round < 2; ++round) {
+      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+      packed_partial = carver.take<T>(fused ? packed_elements(c_partial, 9 * c_partial, sizeof(T)) : 0);
+      packed = carver.take<T>(packed_elements(share.block, channels, sizeof(T)));
+      padded = carver.take<T>(fused ? padded_elements(tiling, c_partial) : 0);
+      u_tile = carver.take<T>(fused ? tiling.max_pixels() * u_stride : 0);
+      out = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+      mixed.carve(&carver, args.x_pixel_stride, tiling);
+      conv_groups = carver.take<RowGroup<T>>(tiling.max_groups());
+      groups = carver.take<RowGroup<T>>(tiling.max_groups());
+    }
+    if (fused) pack_conv3x3(w_partial, c_partial, false, 0, c_partial, packed_partial);
+    const Packed<T> partial(packed_partial, c_partial, 9 * c_partial);
+    for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
+      const int64_t b1 = clip(b0 + share.block, n1);
+      pack_operand<S, T>(w_pw + b0 * channels, channels, 1, b1 - b0, channels, nullptr, nullptr, packed);
+      const Packed<T> part(packed, b1 - b0, channels);
+      for (int64_t i = tile0; i < tile1; ++i) {
+        const Tiling::Tile t = tiling.tile(i);
+        const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+        const T* u = fused ? u_tile : u_all + pixel * u_stride;
+        if (fused) {
+          conv3x3_tile<S, T>(x, c_partial, extent, t, partial, padded, conv_groups, u_tile, u_stride);
+        }
+        Gemm<T> g = {};
+        mixed.fill(&g, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
+        g.b = &part;
+        g.n_end = part.n_padded;
+        g.c = out;
+        g.c_stride = part.n_padded;
+        S* const z_tile = z + pixel * c_out + b0;
+        bool direct = false;
+        if constexpr (Same<S, T>::value) {
+          direct = part.n == part.n_padded;
+          if (direct) {
+            g.c = z_tile;
+            g.c_stride = c_out;
+          }
+        }
+        gemm(g);
+        if (!direct) store_rows<S, T>(out, part.n_padded, pixels, part.n, z_tile, c_out);
+        tile_statistics<S, T>(z_tile, c_out, pixels, part.n, pivots + i * c_out + b0, offs + i * c_out + b0,
+                              m2s + i * c_out + b0);
+      }
+    }
+  });
+  // Chan, Golub and LeVeque's formula, tile by tile, in the first tile's place; means stay relative to its pivot.
+  T *const mean = static_cast<T*>(args.mean), *const m2 = static_cast<T*>(args.m2);
+  parallel_for(parallel, ceil_div(c_out, kColumnUnit), [&](int64_t begin, int64_t end) {
+    const int64_t c0 = begin * kColumnUnit, c1 = clip(end * kColumnUnit, c_out);
+    double count = 0;
+    for (int64_t i = 0; i < tiling.tiles; ++i) {
+      const double pixels = static_cast<double>(tiling.tile(i).pixels()), total = count + pixels;
+      for (int64_t c = c0; i > 0 && c < c1; ++c) {
+        const double delta = (pivots[i * c_out + c] - pivots[c]) + (offs[i * c_out + c] - offs[c]);
+        offs[c] += delta * (pixels / total);
+        m2s[c] += m2s[i * c_out + c] + delta * delta * (count * pixels / total);
+      }
+      count = total;
+    }
+    for (int64_t c = c0; c < c1; ++c) {
+      mean[c] = tiling.tiles ? static_cast<T>(pivots[c] + offs[c]) : static_cast<T>(__builtin_nan(""));
+      m2[c] = tiling.tiles ? static_cast<T>(m2s[c]) : T(0);
+    }
+  });
+}
+
+// ---- bn_act, act_pw_residual ----------------------------------------------------------------------------------------
+
+template <class T>
+Norm<T> norm_of(const void* mean, const void* scale, const void* shift) {
+  return {static_cast<const T*>(mean), static_cast<const T*>(scale), static_cast<const T*>(shift)};
+}
+
+template <class S, class T>
+void bn_act_as(const BnAct& args, const ParallelFor& parallel) {
+  const S* const z = static_cast<const S*>(args.z);
+  S* const y = static_cast<S*>(args.y);
+  const Norm<T> norm = norm_of<T>(args.mean, args.scale, args.shift);
+  parallel_for(parallel, ceil_div(args.pixels, kSumRows), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kSumRows, rows = clip(end * kSumRows, args.pixels) - first;
+    with_act(args.act, BnActTile<S, T, S, false>{z + first * args.z_pixel_stride, args.z_pixel_stride, rows,
+                                                 args.channels, norm, y + first * args.channels, args.channels});
+  });
+}
+
+// S: storage of z, R: of the residual and y, T: compute type.
+template <class S, class R, class T>
+void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) {
+  const int64_t channels = args.channels, c_hidden = args.c_hidden, area = args.height * args.width;
+  const Extent extent(args.batch, args.height, args.width);
+  const Tiling& tiling = extent.tiling;
+  const S *const z = static_cast<const S*>(args.z), *const w = static_cast<const S*>(args.w_pw2);
+  const R* const residual = static_cast<const R*>(args.residual);
+  R* const y = static_cast<R*>(args.y);
+  const T *const layer_scale = static_cast<const T*>(args.layer_scale), *const sample_scale =
+                                                                            static_cast<const T*>(args.sample_scale);
+  const Norm<T> norm = norm_of<T>(args.mean, args.scale, args.shift);
+  const Share share(extent.pixels, channels, c_hidden, parallel.num_threads);
+  // Tile by tile the activation lives in scratch, a chunk of hidden channels at a time; else all of it is made first.
+  const bool fused = share.tile_by_tile(channels);
+  const int64_t chunk = chunk_width<T>(c_hidden, kHiddenChunk), a_stride = row_pitch<T>(fused ? chunk : c_hidden);
+  T* const a_all =
+      fused ? nullptr
+            : static_cast<T*>(scratch(kSlotShared, extent.pixels * a_stride * static_cast<int64_t>(sizeof(T))));
+  if (!fused) {
+    parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const Tiling::Tile t = tiling.tile(i);
+        const int64_t pixel = t.pixel(args.width);
+        with_act(args.act, BnActTile<S, T, T, true>{z + pixel * args.z_pixel_stride, args.z_pixel_stride, t.pixels(),
+                                                    c_hidden, norm, a_all + pixel * a_stride, a_stride});
+      }
+    });
+  }
+  share_out(parallel, share, tiling.tiles, channels, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
+    T *packed, *a_tile, *sums;
+    RowGroup<T>* groups;
+    Carver carver;
+    for (int round = 0; round < 2; ++round) {
+      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+      packed = carver.take<T>(packed_elements(share.block, c_hidden, sizeof(T)));
+      a_tile = carver.take<T>(fused ? tiling.max_pixels() * a_stride : 0);
+      sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+      groups = carver.take<RowGroup<T>>(tiling.max_groups());
+    }
+    for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
+      const int64_t b1 = clip(b0 + share.block, n1);
+      pack_operand<S, T>(w + b0 * c_hidden, c_hidden, 1, b1 - b0, c_hidden, layer_scale ? layer_scale + b0 : nullptr,
+                         nullptr, packed);
+      const Packed<T> part(packed, b1 - b0, c_hidden);
+      const bool direct = Same<R, T>::value && part.n == part.n_padded && !sample_scale;
+      for (int64_t i = tile0; i < tile1; ++i) {
+        const Tiling::Tile t = tiling.tile(i);
+        const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+        const R* const from = residual + pixel * args.residual_pixel_stride + b0;
+        R* const to = y + pixel * channels + b0;
+        Gemm<T> g = {};
+        g.groups = groups;
+        g.n_segments = 1;
+        g.segment_stride[0] = a_stride;
+        g.b = &part;
+        g.n_end = part.n_padded;
+        g.c = sums;
+        g.c_stride = part.n_padded;
+        g.c_in_stride = part.n_padded;
+        for (int64_t k = 0; k < c_hidden; k += chunk) {
+          const int64_t depth = clip(chunk, c_hidden - k);
+          if (fused) {
+            with_act(args.act, BnActTile<S, T, T, true>{z + pixel * args.z_pixel_stride + k, args.z_pixel_stride,
+                                                        pixels, depth, norm.at(k), a_tile, a_stride});
+          }
+          const T* const a[1] = {fused ? a_tile : a_all + pixel * a_stride + k};
+          g.n_groups = add_groups<T>(groups, 0, pixels, 1, a, &a_stride);
+          g.k_begin = k;
+          g.segment_k[0] = depth;
+          g.c_in = k ? sums : nullptr;
+          if constexpr (Same<R, T>::value) {
+            if (direct && k + chunk >= c_hidden) {
+              g.c = to;
+              g.c_stride = channels;
+              g.residual = from;
+              g.residual_stride = args.residual_pixel_stride;
+            }
+          }
+          gemm(g);
+        }
+        for (int64_t p = 0; !direct && p < pixels; ++p) {
+          const T* const sum = sums + p * part.n_padded;
+          const R* const before = from + p * args.residual_pixel_stride;
+          R* const after = to + p * channels;
+          const T factor = sample_scale ? sample_scale[(pixel + p) / area] : T(1);
+          for (int64_t c = 0; c < part.n; ++c) to_storage(to_compute(before[c]) + factor * sum[c], after + c);
+        }
+      }
+    }
+  });
+}
+
+// ---- act_pw_residual_backward ---------------------------------------------------------------------------------------
+
+template <class S, class T>
+void act_pw_residual_backward_as(const ActPwResidualBackward& args, const ParallelFor& parallel) {
+  const int64_t channels = args.channels, c_hidden = args.c_hidden, area = args.height * args.width;
+  const Extent extent(args.batch, args.height, args.width);
+  const Tiling& tiling = extent.tiling;
+  const Chunks chunks(tiling.tiles, extent.pixels, channels * c_hidden);
+  const S *const grad = static_cast<const S*>(args.grad), *const z = static_cast<const S*>(args.z),
+                 *const w = static_cast<const S*>(args.w_pw2);
+  S *const dz = static_cast<S*>(args.dz), *const dw = static_cast<S*>(args.dw_pw2);
+  const T *const layer_scale = static_cast<const T*>(args.layer_scale), *const sample_scale =
+                                                                            static_cast<const T*>(args.sample_scale);
+  const Norm<T> norm = norm_of<T>(args.mean, args.scale, args.shift);
+  const bool need_sample = args.dsample_scale != nullptr, need_products = dw || args.dlayer_scale;
+  const bool need_da = dz || args.dmean || args.dscale || args.dshift || need_sample;
+
+  // The block of hidden channels, its packed weights and its part of the weight gradient, fits L2.
+  int64_t block = kBlockElements / 2 / (w ? channels : 1) / kColumnUnit * kColumnUnit;
+  if (block > kHiddenChunk) block = kHiddenChunk;
+  if (block < kColumnUnit) block = kColumnUnit;
+  const int64_t hidden_stride = row_pitch<T>(block), g_stride = row_pitch<T>(channels);
+  const int64_t product_stride = row_pitch<T>(c_hidden), units = ceil_div(c_hidden, kColumnUnit);
+  // A single chunk's products are final: each block of columns is added up in scratch and goes out once. (Its rows in
+  // dw are often a power of two apart, which the caches do not bear.)
+  const bool direct = chunks.count == 1 && !args.dlayer_scale;
+  double *dshifts, *dscales, *dsamples;
+  T* products;
+  Carver shared;
+  for (int round = 0; round < 2; ++round) {
+    if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
+    dshifts = shared.take<double>(chunks.count * c_hidden);
+    dscales = shared.take<double>(chunks.count * c_hidden);
+    dsamples = shared.take<double>(need_sample ? chunks.count * args.batch * units : 0);
+    products = shared.take<T>(need_products && !direct ? chunks.count * channels * product_stride : 0);
+  }
+  share_chunks(parallel, chunks, c_hidden, kColumnUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
+    T *packed, *da, *a, *g_rows, *factor, *own;
+    RowGroup<T>* groups;
+    Carver carver;
+    for (int round = 0; round < 2; ++round) {
+      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+      packed = carver.take<T>(w ? packed_elements(block, channels, sizeof(T)) : 0);
+      da = carver.take<T>(tiling.max_pixels() * hidden_stride);
+      a = carver.take<T>(need_products || need_sample ? tiling.max_pixels() * hidden_stride : 0);
+      g_rows = carver.take<T>(tiling.max_pixels() * g_stride);
+      factor = carver.take<T>(sample_scale ? tiling.max_pixels() : 0);
+      own = carver.take<T>(need_products && direct ? channels * hidden_stride : 0);
+      groups = carver.take<RowGroup<T>>(tiling.max_groups());
+    }
+    if (need_products) clear(a, tiling.max_pixels() * hidden_stride);
+    double *const dshift = dshifts + chunk * c_hidden, *const dscale = dscales + chunk * c_hidden;
+    for (int64_t h = n0; h < n1; ++h) dshift[h] = dscale[h] = 0;
+    double* const dsample = dsamples + chunk * args.batch * units;
+    for (int64_t b = 0; need_sample && b < args.batch; ++b) {
+      for (int64_t u = n0 / kColumnUnit; u < ceil_div(n1, kColumnUnit); ++u) dsample[b * units + u] = 0;
+    }
+    for (int64_t b0 = n0; b0 < n1; b0 += block) {
+      const int64_t columns = clip(b0 + block, n1) - b0;
+      T* const product = direct ? own : products + chunk * channels * product_stride + b0;
+      const int64_t stride = direct ? hidden_stride : product_stride;
+      // da = g * w_pw2, g scaled by layer_scale through the weights and by sample_scale afterwards.
+      if (w && need_da) pack_operand<S, T>(w + b0, 1, c_hidden, columns, channels, nullptr, layer_scale, packed);
+      const Packed<T> part(packed, columns, channels);
+      for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
+        const Tiling::Tile t = tiling.tile(i);
+        const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+        const S* const grad_tile = grad + pixel * args.grad_pixel_stride;
+        const S* const z_tile = z + pixel * args.z_pixel_stride + b0;
+        S* const dz_tile = dz ? dz + pixel * c_hidden + b0 : nullptr;
+        T* const a_tile = need_products || need_sample ? a : nullptr;
+        if (!w) {
+          with_act(args.act, BnActBackwardTile<S, S, T>{grad_tile + b0, args.grad_pixel_stride, z_tile,
+                                                        args.z_pixel_stride, pixels, columns, norm.at(b0), nullptr,
+                                                        dz_tile, c_hidden, nullptr, 0, dscale + b0, dshift + b0});
+          continue;
+        }
+        for (int64_t p = 0; sample_scale && p < pixels; ++p) factor[p] = sample_scale[(pixel + p) / area];
+        const T* const factors = sample_scale ? factor : nullptr;
+        if (need_da) {
+          Gemm<T> g = {};
+          const T* rows[1] = {g_rows};
+          int64_t row_stride = g_stride;
+          if constexpr (Same<S, T>::value) {
+            rows[0] = grad_tile;
+            row_stride = args.grad_pixel_stride;
+          } else {
+            copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, static_cast<const T*>(nullptr), g_rows,
+                            g_stride);
+          }
+          g.n_segments = 1;
+          g.segment_k[0] = channels;
+          g.segment_stride[0] = row_stride;
+          g.groups = groups;
+          g.n_groups = add_groups<T>(groups, 0, pixels, 1, rows, &row_stride);
+          g.b = &part;
+          g.n_end = part.n_padded;
+          g.c = da;
+          g.c_stride = hidden_stride;
+          gemm(g);
+          with_act(args.act, BnActBackwardTile<S, T, T>{da, hidden_stride, z_tile, args.z_pixel_stride, pixels, columns,
+                                                        norm.at(b0), factors, dz_tile, c_hidden, a_tile, hidden_stride,
+                                                        dscale + b0, dshift + b0});
+        } else {
+          with_act(args.act, BnActTile<S, T, T, true>{z_tile, args.z_pixel_stride, pixels, columns, norm.at(b0), a,
+                                                      hidden_stride});
+        }
+        if (need_sample) {  // the gradient of a sample's factor: sum of a * da over its pixels
+          for (int64_t p = 0; p < pixels; ++p) {
+            for (int64_t u = 0; u < columns; u += kColumnUnit) {
+              double sum = 0;
+              for (int64_t j = u; j < clip(u + kColumnUnit, columns); ++j) {
+                sum += static_cast<double>(a[p * hidden_stride + j]) * static_cast<double>(da[p * hidden_stride + j]);
+              }
+              dsample[(pixel + p) / area * units + (b0 + u) / kColumnUnit] += sum;
+            }
+          }
+        }
+        if (need_products) {
+          const T* g = g_rows;
+          int64_t row_stride = g_stride;
+          bool copied = false;
+          if constexpr (Same<S, T>::value) {
+            // Rows a multiple of 512 bytes apart would compete for a few sets of the cache.
+            if (!sample_scale && args.grad_pixel_stride * static_cast<int64_t>(sizeof(T)) % 512) {
+              g = grad_tile;
+              row_stride = args.grad_pixel_stride;
+              copied = true;
+            }
+          }
+          if (!copied) copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, factors, g_rows, g_stride);
+          add_products<T>(g, row_stride, channels, a, hidden_stride, round_up(columns, panel_width<T>()), pixels,
+                          i > chunks.begin(chunk), product, stride);
+        }
+      }
+      for (int64_t c = 0; dw && direct && c < channels; ++c) {
+        if (tiling.tiles == 0) clear(own + c * hidden_stride, columns);
+        copy_rows<T, S>(own + c * hidden_stride, 0, 1, columns,
+                        layer_scale ? layer_scale + c : static_cast<const T*>(nullptr), dw + c * c_hidden + b0, 0);
+      }
+    }
+  });
+
+  T *const dmean = static_cast<T*>(args.dmean), *const dscale = static_cast<T*>(args.dscale),
+           *const dshift = static_cast<T*>(args.dshift);
+  for (int64_t h = 0; h < c_hidden; ++h) {
+    double shift_sum = 0, scale_sum = 0;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      shift_sum += dshifts[chunk * c_hidden + h];
+      scale_sum += dscales[chunk * c_hidden + h];
+    }
+    if (dmean) dmean[h] = static_cast<T>(-shift_sum * static_cast<double>(norm.scale[h]));
+    if (dscale) dscale[h] = static_cast<T>(scale_sum);
+    if (dshift) dshift[h] = static_cast<T>(shift_sum);
+  }
+  for (int64_t b = 0; need_sample && b < args.batch; ++b) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) {
+      for (int64_t u = 0; u < units; ++u) sum += dsamples[(chunk * args.batch + b) * units + u];
+    }
+    static_cast<T*>(args.dsample_scale)[b] = static_cast<T>(sum);
+  }
+  if (!need_products || direct) return;
+  parallel_for(parallel, channels, [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) {
+      T* const total = products + c * product_stride;
+      for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+        const T* const part = total + chunk * channels * product_stride;
+        for (int64_t h = 0; h < c_hidden; ++h) total[h] += part[h];
+      }
+      if (tiling.tiles == 0) {
+        for (int64_t h = 0; h < c_hidden; ++h) total[h] = 0;
+      }
+      if (args.dlayer_scale) {
+        double sum = 0;
+        for (int64_t h = 0; h < c_hidden; ++h) {
+          sum += static_cast<double>(to_compute(w[c * c_hidden + h])) * static_cast<double>(total[h]);
+        }
+        static_cast<T*>(args.dlayer_scale)[c] = static_cast<T>(sum);
+      }
+      const T factor = layer_scale ? layer_scale[c] : T(1);
+      for (int64_t h = 0; dw && h < c_hidden; ++h) to_storage(total[h] * factor, dw + c * c_hidden + h);
+    }
+  });
+}
+
+// ---- The gradients of the 3x3 convolution ---------------------------------------------------------------------------
+
+// dx[:, :c_partial] = the transposed convolution of du, dy added where there is one, and dweight = sum over pixels of
+// du^T times the patches of x. dx and dweight may be null.
+template <class S, class T>
+struct Conv3x3Gradients {
+  const Extent* extent;
+  const Chunks* chunks;
+  int64_t c_partial;
+  const S* weight;
+  const T* du;
+  int64_t du_stride;
+  const S* dy;
+  int64_t dy_stride;
+  S* dx;
+  int64_t dx_stride;
+  S* dweight;
+  // Scratch: the transposed convolution, and each chunk's sums by (output channel, kernel row, column and channel).
+  T* partial;
+  T* products;
+
+  int64_t partial_stride() const { return padded_n(c_partial, sizeof(T)); }
+  int64_t tap_stride() const { return round_up(3 * c_partial, panel_width<T>()); }
+  void take(Carver* carver) {
+    partial = carver->take<T>(dx ? extent->pixels * partial_stride() : 0);
+    products = carver->take<T>(dweight ? chunks->count * c_partial * 3 * tap_stride() : 0);
+  }
+};
+
+template <class S, class T>
+void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, const ParallelFor& parallel) {
+  const Extent& extent = *args.extent;
+  const Tiling& tiling = extent.tiling;
+  const Chunks& chunks = *args.chunks;
+  const int64_t c_partial = args.c_partial, tap_stride = args.tap_stride(), du_stride = args.du_stride;
+  const int64_t height = extent.height, width = extent.width;
+  if (args.dx) {
+    const Image<T> image = channels_last<T>(args.du, height, width, du_stride);
+    conv3x3_all<S, T, T>(image, c_partial, args.weight, true, extent, args.partial, args.partial_stride(), parallel);
+    parallel_for(parallel, ceil_div(extent.pixels, kSumRows), [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin * kSumRows; p < clip(end * kSumRows, extent.pixels); ++p) {
+        combine<T>(args.partial + p * args.partial_stride(), args.dy ? args.dy + p * args.dy_stride : nullptr,
+                   args.dx + p * args.dx_stride, c_partial);
+      }
+    });
+  }
+
+  if (args.dweight) {
+    // In the padded rows of x the patches of neighbouring pixels overlap: one kernel row of a patch is 3 c_partial
+    // values in a row, the next pixel's begin c_partial further on. Short rows are copied into one run of pixels.
+    const bool copied = tiling.max_columns() < kOuterDepth * 3 / 4;
+    const int64_t patch_stride = row_pitch<T>(3 * c_partial);
+    share_chunks(parallel, chunks, c_partial, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
+      T *padded, *patches;
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        padded = carver.take<T>(padded_elements(tiling, c_partial));
+        patches = carver.take<T>(copied ? tiling.max_pixels() * patch_stride : 0);
+      }
+      clear(patches, copied ? tiling.max_pixels() * patch_stride : 0);
+      T* const product = args.products + (chunk * c_partial + n0) * 3 * tap_stride;
+      clear(product, (n1 - n0) * 3 * tap_stride);
+      for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
+        const Tiling::Tile t = tiling.tile(i);
+        const int64_t columns = t.columns(), padded_row = (columns + 2) * c_partial;
+        const T* const du_tile = args.du + t.pixel(width) * du_stride + n0;
+        load_padded_tile<S, T>(x, c_partial, extent, t, padded);
+        for (int64_t tap = 0; tap < 3; ++tap) {
+          for (int64_t row = t.row0; row < t.row1; ++row) {
+            const int64_t y = row % height + tap - 1, pixel = (row - t.row0) * columns;
+            const bool inside = y >= 0 && y < height;
+            const T* const from = padded + (row - t.row0 + (inside ? tap : t.row1 - row + 2)) * padded_row;
+            if (copied) {
+              copy_rows<T, T>(from, c_partial, columns, 3 * c_partial, static_cast<const T*>(nullptr),
+                              patches + pixel * patch_stride, patch_stride);
+            } else if (inside) {
+              add_products<T>(du_tile + pixel * du_stride, du_stride, n1 - n0, from, c_partial, tap_stride, columns,
+                              true, product + tap * tap_stride, 3 * tap_stride);
+            }
+          }
+          if (copied) {
+            add_products<T>(du_tile, du_stride, n1 - n0, patches, patch_stride, tap_stride, t.pixels(), true,
+                            product + tap * tap_stride, 3 * tap_stride);
+          }
+        }
+      }
+    });
+    parallel_for(parallel, c_partial, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        T* const sum = args.products + n * 3 * tap_stride;
+        for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+          const T* const part = sum + chunk * c_partial * 3 * tap_stride;
+          for (int64_t k = 0; k < 3 * tap_stride; ++k) sum[k] += part[k];
+        }
+        for (int64_t c = 0; c < c_partial; ++c) {
+          for (int64_t tap = 0; tap < 9; ++tap) {
+            const T value = tiling.tiles ? sum[tap / 3 * tap_stride + tap % 3 * c_partial + c] : T(0);
+            to_storage(value, args.dweight + (n * c_partial + c) * 9 + tap);
+          }
+        }
+      }
+    });
+  }
+}
+
+// ---- pw_stats_backward ----------------------------------------------------------------------------------------------
+
+// Four passes: u again, for dw_pw alone; du, whose untouched channels are dx; dw_pw; and through the 3x3 convolution
+// dx's first channels and dw_partial.
+template <class S, class T>
+void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parallel) {
+  const int64_t channels = args.channels, c_partial = args.c_partial, c_out = args.c_out;
+  const Extent extent(args.batch, args.height, args.width);
+  const Tiling& tiling = extent.tiling;
+  const Chunks chunks(tiling.tiles, extent.pixels, channels * c_out);
+  const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
+  const S *const w_partial = static_cast<const S*>(args.w_partial), *const w_pw = static_cast<const S*>(args.w_pw);
+  const S* const dy = static_cast<const S*>(args.dy);
+  S *const dx = static_cast<S*>(args.dx), *const dw_partial = static_cast<S*>(args.dw_partial),
+           *const dw_pw = static_cast<S*>(args.dw_pw);
+  const int64_t u_stride = padded_n(c_partial, sizeof(T)), du_stride = row_pitch<T>(c_partial);
+  const bool need_du = dx || dw_partial;
+  const int64_t n_du = dx ? channels : c_partial;
+  const Share share(extent.pixels, n_du, c_out, parallel.num_threads);
+  const bool fused = dw_pw && need_du && share.tile_by_tile(n_du) &&
+                     (chunks.count % parallel.num_threads == 0 || chunks.count >= 4 * parallel.num_threads);
+  const bool direct = chunks.count == 1 && !fused;  // as in act_pw_residual_backward
+  const int64_t all_stride = row_pitch<T>(channels);
+  T *dmean, *dm2, *u, *du, *pw_products;
+  Conv3x3Gradients<S, T> through = {
+      &extent, &chunks,  c_partial,  w_partial, nullptr, du_stride, dy, args.dy_pixel_stride,
+      dx,      channels, dw_partial, nullptr,   nullptr};
+  Carver shared;
+  for (int round = 0; round < 2; ++round) {
+    if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
+    dmean = shared.take<T>(c_out);
+    dm2 = shared.take<T>(c_out);
+    u = shared.take<T>(dw_pw && !fused ? extent.pixels * u_stride : 0);
+    du = shared.take<T>(need_du ? extent.pixels * du_stride : 0);
+    pw_products = shared.take<T>(dw_pw && !direct ? chunks.count * c_out * all_stride : 0);
+    through.take(&shared);
+  }
+  through.du = du;
+  const T count = static_cast<T>(extent.pixels > 0 ? extent.pixels : 1);
+  for (int64_t c = 0; c < c_out; ++c) {
+    dmean[c] = static_cast<const T*>(args.dmean)[c] / count;
+    dm2[c] = 2 * static_cast<const T*>(args.dm2)[c];
+  }
+  const TotalGradient<S, T> total = {static_cast<const S*>(args.dz),
+                                     args.dz_pixel_stride,
+                                     static_cast<const S*>(args.z),
+                                     args.z_pixel_stride,
+                                     static_cast<const T*>(args.mean),
+                                     dmean,
+                                     dm2};
+
+  // Columns [b0, b1) of du: the first c_partial channels go on through the 3x3 convolution, the others are dx.
+  const auto store_du = [&](int64_t pixel, int64_t pixels, int64_t b0, int64_t b1, const T* sums, int64_t stride) {
+    const int64_t split = b0 < c_partial ? clip(c_partial, b1) : b0;
+    for (int64_t p = 0; p < pixels; ++p) {
+      const T* const sum = sums + p * stride;
+      T* const partial = du + (pixel + p) * du_stride;
+      combine<T>(sum, static_cast<const T*>(nullptr), partial + b0, split - b0);
+      if (!dx) continue;
+      combine<T>(sum + split - b0, dy ? dy + (pixel + p) * args.dy_pixel_stride + split : nullptr,
+                 dx + (pixel + p) * channels + split, b1 - split);
+    }
+  };
+  // u of a tile from x and the convolved channels.
+  const auto load_u = [&](int64_t pixel, int64_t pixels, const T* convolved, T* rows) {
+    copy_rows<T, T>(convolved, u_stride, pixels, c_partial, static_cast<const T*>(nullptr), rows, all_stride);
+    copy_rows<S, T>(x.data + pixel * args.x_pixel_stride + c_partial, args.x_pixel_stride, pixels, channels - c_partial,
+                    static_cast<const T*>(nullptr), rows + c_partial, all_stride);
+  };
+  // sums (+)= dz * w for columns [k, k + depth) of dz, chunk by chunk of hidden channels.
+  const int64_t hidden_chunk = chunk_width<T>(c_out, kHiddenChunk);
+  const auto add_du = [](const T* dz, int64_t dz_stride, int64_t pixels, const Packed<T>& w, int64_t k, int64_t depth,
+                         RowGroup<T>* groups, T* sums) {
+    Gemm<T> g = {};
+    g.groups = groups;
+    g.n_groups = add_groups<T>(groups, 0, pixels, 1, &dz, &dz_stride);
+    g.n_segments = 1;
+    g.segment_k[0] = depth;
+    g.segment_stride[0] = dz_stride;
+    g.b = &w;
+    g.k_begin = k;
+    g.n_end = w.n_padded;
+    g.c_in = k ? sums : nullptr;
+    g.c_in_stride = w.n_padded;
+    g.c = sums;
+    g.c_stride = w.n_padded;
+    gemm(g);
+  };
+
+  if (fused) {
+    // Many pixels: each tile's gradient of z is made once, for du and for dw_pw.
+    const int64_t dz_stride = row_pitch<T>(c_out);
+    parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
+      T *packed_partial, *packed, *padded, *u_tile, *dz, *sums, *rows;
+      RowGroup<T>* groups;
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        packed_partial = carver.take<T>(packed_elements(c_partial, 9 * c_partial, sizeof(T)));
+        packed = carver.take<T>(packed_elements(n_du, c_out, sizeof(T)));
+        padded = carver.take<T>(padded_elements(tiling, c_partial));
+        u_tile = carver.take<T>(tiling.max_pixels() * u_stride);
+        dz = carver.take<T>(tiling.max_pixels() * dz_stride);
+        sums = carver.take<T>(tiling.max_pixels() * padded_n(n_du, sizeof(T)));
+        rows = carver.take<T>(tiling.max_pixels() * all_stride);
+        groups = carver.take<RowGroup<T>>(tiling.max_groups());
+      }
+      clear(rows, tiling.max_pixels() * all_stride);
+      pack_conv3x3(w_partial, c_partial, false, 0, c_partial, packed_partial);
+      pack_operand<S, T>(w_pw, 1, channels, n_du, c_out, nullptr, nullptr, packed);
+      const Packed<T> partial(packed_partial, c_partial, 9 * c_partial), pw(packed, n_du, c_out);
+      for (int64_t chunk = begin; chunk < end; ++chunk) {
+        for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
+          const Tiling::Tile t = tiling.tile(i);
+          const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+          total.tile(pixel, pixels, 0, c_out, dz, dz_stride);
+          for (int64_t k = 0; k < c_out; k += hidden_chunk) {
+            add_du(dz + k, dz_stride, pixels, pw, k, clip(hidden_chunk, c_out - k), groups, sums);
+          }
+          store_du(pixel, pixels, 0, n_du, sums, pw.n_padded);
+          conv3x3_tile<S, T>(x, c_partial, extent, t, partial, padded, groups, u_tile, u_stride);
+          load_u(pixel, pixels, u_tile, rows);
+          add_products<T>(dz, dz_stride, c_out, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
+                          i > chunks.begin(chunk), pw_products + chunk * c_out * all_stride, all_stride);
+        }
+      }
+    });
+  } else if (need_du) {
+    const int64_t dz_stride = row_pitch<T>(hidden_chunk);
+    share_out(parallel, share, tiling.tiles, n_du, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
+      T *packed, *dz, *sums;
+      RowGroup<T>* groups;
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
+        dz = carver.take<T>(tiling.max_pixels() * dz_stride);
+        sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+        groups = carver.take<RowGroup<T>>(tiling.max_groups());
+      }
+      for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
+        const int64_t b1 = clip(b0 + share.block, n1);
+        pack_operand<S, T>(w_pw + b0, 1, channels, b1 - b0, c_out, nullptr, nullptr, packed);
+        const Packed<T> part(packed, b1 - b0, c_out);
+        for (int64_t i = tile0; i < tile1; ++i) {
+          const Tiling::Tile t = tiling.tile(i);
+          const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+          for (int64_t k = 0; k < c_out; k += hidden_chunk) {
+            const int64_t depth = clip(hidden_chunk, c_out - k);
+            total.tile(pixel, pixels, k, depth, dz, dz_stride);
+            add_du(dz, dz_stride, pixels, part, k, depth, groups, sums);
+          }
+          store_du(pixel, pixels, b0, b1, sums, part.n_padded);
+        }
+      }
+    });
+  }
+
+  if (dw_pw && !fused) {
+    int64_t block = 10 * kRowUnit;
+    while (block > 5 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
+    const int64_t dz_stride = row_pitch<T>(block);
+    conv3x3_all<S, S, T>(x, c_partial, w_partial, false, extent, u, u_stride, parallel);
+    share_chunks(parallel, chunks, c_out, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
+      T *dz, *rows, *own;
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        dz = carver.take<T>(tiling.max_pixels() * dz_stride);
+        rows = carver.take<T>(tiling.max_pixels() * all_stride);
+        own = carver.take<T>(direct ? block * all_stride : 0);
+      }
+      clear(rows, tiling.max_pixels() * all_stride);
+      for (int64_t b0 = n0; b0 < n1; b0 += block) {
+        const int64_t b1 = clip(b0 + block, n1);
+        T* const product = direct ? own : pw_products + (chunk * c_out + b0) * all_stride;
+        for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
+          const Tiling::Tile t = tiling.tile(i);
+          const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+          total.tile(pixel, pixels, b0, b1 - b0, dz, dz_stride);
+          load_u(pixel, pixels, u + pixel * u_stride, rows);
+          add_products<T>(dz, dz_stride, b1 - b0, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
+                          i > chunks.begin(chunk), product, all_stride);
+        }
+        if (direct) {
+          if (tiling.tiles == 0) clear(own, (b1 - b0) * all_stride);
+          copy_rows<T, S>(own, all_stride, b1 - b0, channels, static_cast<const T*>(nullptr), dw_pw + b0 * channels,
+                          channels);
+        }
+      }
+    });
+  }
+  if (dw_pw && !direct) {
+    parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        T* const sum = pw_products + n * all_stride;
+        for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+          const T* const part = sum + chunk * c_out * all_stride;
+          for (int64_t c = 0; c < channels; ++c) sum[c] += part[c];
+        }
+        for (int64_t c = 0; c < channels; ++c) to_storage(tiling.tiles ? sum[c] : T(0), dw_pw + n * channels + c);
+      }
+    });
+  }
+  conv3x3_gradients<S, T>(through, x, parallel);
+}
+
+// ---- pconv3x3_backward ----------------------------------------------------------------------------------------------
+
+template <class S, class T>
+void pconv3x3_backward_as(const PConv3x3Backward& args, const ParallelFor& parallel) {
+  const int64_t channels = args.channels, c_partial = args.c_partial;
+  const Extent extent(args.batch, args.height, args.width);
+  const Chunks chunks(extent.tiling.tiles, extent.pixels, 9 * c_partial * c_partial);
+  const S* const grad = static_cast<const S*>(args.grad);
+  S* const dx = static_cast<S*>(args.dx);
+  const int64_t du_stride = row_pitch<T>(c_partial);
+  Conv3x3Gradients<S, T> gradients = {
+      &extent, &chunks, c_partial, static_cast<const S*>(args.weight), nullptr, du_stride, nullptr,
+      0,       dx,      channels,  static_cast<S*>(args.dweight),      nullptr, nullptr};
+  T* du;
+  Carver shared;
+  for (int round = 0; round < 2; ++round) {
+    if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
+    du = shared.take<T>(extent.pixels * du_stride);
+    gradients.take(&shared);
+  }
+  gradients.du = du;
+  parallel_for(parallel, ceil_div(extent.pixels, kSumRows), [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * kSumRows, rows = clip(end * kSumRows, extent.pixels) - first;
+    const S* const from = grad + first * args.grad_pixel_stride;
+    copy_rows<S, T>(from, args.grad_pixel_stride, rows, c_partial, static_cast<const T*>(nullptr),
+                    du + first * du_stride, du_stride);
+    if (dx) {
+      copy_channels<S>(from + c_partial, 1, args.grad_pixel_stride, dx + first * channels + c_partial, 1, channels,
+                       rows, channels - c_partial);
+    }
+  });
+  conv3x3_gradients<S, T>(gradients, channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride), parallel);
+}
+
+// ---- patch_conv_backward --------------------------------------------------------------------------------------------
+
+// Patches are rows of K = (kernel row, kernel column, channel), as in patch_conv. With P = sum over pixels of
+// grad^T * patches, dweight = scale * P and dscale = sum over K of weight * P.
+template <class S, class T>
+void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& parallel) {
+  const int64_t channels = args.channels, c_out = args.c_out, taps = args.kh * args.kw;
+  const int64_t run = args.kw * channels, depth = args.kh * run;
+  const int64_t out_height = args.height / args.kh, out_width = args.width / args.kw;
+  const Extent extent(args.batch, out_height, out_width);
+  const Tiling& tiling = extent.tiling;
+  const Chunks chunks(tiling.tiles, extent.pixels, c_out * depth);
+  const Image<S> x = image<S>(args.x, args.x_stride);
+  const S *const grad = static_cast<const S*>(args.grad), *const weight = static_cast<const S*>(args.weight);
+  const T* const scale = static_cast<const T*>(args.scale);
+  S *const dx = static_cast<S*>(args.dx), *const dweight = static_cast<S*>(args.dweight);
+  const bool need_products = dweight || args.dscale;
+  const int64_t product_stride = round_up(depth, panel_width<T>());
+  T *in_order, *products;  // the weight with its rows in the order of K, and each chunk's P
+  double* dshifts;
+  Carver shared;
+  for (int round = 0; round < 2; ++round) {
+    if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
+    in_order = shared.take<T>(c_out * depth);
+    products = shared.take<T>(need_products ? chunks.count * c_out * product_stride : 0);
+    dshifts = shared.take<double>(args.dshift ? chunks.count * c_out : 0);
+  }
+  if (dx || args.dscale) {
+    parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin; n < end; ++n) {
+        for (int64_t c = 0; c < channels; ++c) {
+          const S* const from = weight + (n * channels + c) * taps;
+          T* const to = in_order + n * depth + c;
+          for (int64_t tap = 0; tap < taps; ++tap) to[tap * channels] = to_compute(from[tap]);
+        }
+      }
+    });
+  }
+
+  if (dx) {
+    const bool rest = out_height * args.kh != args.height || out_width * args.kw != args.width;
+    if (rest || tiling.tiles == 0) {
+      parallel_for(parallel, args.batch * args.height, [&](int64_t begin, int64_t end) {
+        const int64_t row = args.width * channels;
+        __builtin_memset(dx + begin * row, 0, static_cast<size_t>((end - begin) * row) * sizeof(S));
+      });
+    }
+    const Share share(extent.pixels, depth, c_out, parallel.num_threads);
+    const int64_t g_stride = row_pitch<T>(c_out);
+    share_out(parallel, share, tiling.tiles, depth, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
+      T *packed, *g_rows, *sums;
+      RowGroup<T>* groups;
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
+        g_rows = carver.take<T>(tiling.max_pixels() * g_stride);
+        sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+        groups = carver.take<RowGroup<T>>(tiling.max_groups());
+      }
+      for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
+        const int64_t b1 = clip(b0 + share.block, n1);
+        pack_operand<T, T>(in_order + b0, 1, depth, b1 - b0, c_out, nullptr, scale, packed);
+        const Packed<T> part(packed, b1 - b0, c_out);
+        for (int64_t i = tile0; i < tile1; ++i) {
+          const Tiling::Tile t = tiling.tile(i);
+          copy_rows<S, T>(grad + t.pixel(out_width) * args.grad_pixel_stride, args.grad_pixel_stride, t.pixels(), c_out,
+                          static_cast<const T*>(nullptr), g_rows, g_stride);
+          Gemm<T> g = {};
+          const T* const rows[1] = {g_rows};
+          g.groups = groups;
+          g.n_groups = add_groups<T>(groups, 0, t.pixels(), 1, rows, &g_stride);
+          g.n_segments = 1;
+          g.segment_k[0] = c_out;
+          g.segment_stride[0] = g_stride;
+          g.b = &part;
+          g.n_end = part.n_padded;
+          g.c = sums;
+          g.c_stride = part.n_padded;
+          gemm(g);
+          const T* sum = sums;
+          for (int64_t row = t.row0; row < t.row1; ++row) {
+            for (int64_t column = t.column0; column < t.column1; ++column, sum += part.n_padded) {
+              for (int64_t dy = b0 / run; dy * run < b1; ++dy) {
+                const int64_t from = dy * run > b0 ? dy * run : b0, to = clip((dy + 1) * run, b1);
+                const int64_t y = row / out_height * args.height + row % out_height * args.kh + dy;
+                combine<T>(sum + from - b0, static_cast<const T*>(nullptr),
+                           dx + (y * args.width + column * args.kw) * channels + from - dy * run, to - from);
+              }
+            }
+          }
+        }
+      }
+    });
+  }
+
+  if (need_products || args.dshift) {
+    const bool in_runs = (x.channel_stride == 1 || channels == 1) && x.pixel_stride == channels;
+    const int64_t g_stride = row_pitch<T>(c_out), patch_stride = row_pitch<T>(depth);
+    share_chunks(parallel, chunks, c_out, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
+      T *g_rows, *patches;
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        g_rows = carver.take<T>(tiling.max_pixels() * g_stride);
+        patches = carver.take<T>(tiling.max_pixels() * patch_stride);
+      }
+      clear(patches, tiling.max_pixels() * patch_stride);
+      double* const dshift = dshifts + chunk * c_out;
+      for (int64_t n = n0; args.dshift && n < n1; ++n) dshift[n] = 0;
+      for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
+        const Tiling::Tile t = tiling.tile(i);
+        copy_rows<S, T>(grad + t.pixel(out_width) * args.grad_pixel_stride + n0, args.grad_pixel_stride, t.pixels(),
+                        n1 - n0, static_cast<const T*>(nullptr), g_rows, g_stride);
+        for (int64_t p = 0; args.dshift && p < t.pixels(); ++p) {
+          for (int64_t n = n0; n < n1; ++n) dshift[n] += g_rows[p * g_stride + n - n0];
+        }
+        if (!need_products) continue;
+        T* patch = patches;
+        for (int64_t row = t.row0; row < t.row1; ++row) {
+          for (int64_t column = t.column0; column < t.column1; ++column, patch += patch_stride) {
+            for (int64_t dy = 0; dy < args.kh; ++dy) {
+              const S* const from = x.at(row / out_height, row % out_height * args.kh + dy, column * args.kw);
+              T* const to = patch + dy * run;
+              if (in_runs) {
+                combine<T>(from, static_cast<const T*>(nullptr), to, run);
+                continue;
+              }
+              for (int64_t c = 0; c < channels; ++c) {
+                for (int64_t tap = 0; tap < args.kw; ++tap) {
+                  to[tap * channels + c] = to_compute(from[c * x.channel_stride + tap * x.pixel_stride]);
+                }
+              }
+            }
+          }
+        }
+        add_products<T>(g_rows, g_stride, n1 - n0, patches, patch_stride, product_stride, t.pixels(),
+                        i > chunks.begin(chunk), products + (chunk * c_out + n0) * product_stride, product_stride);
+      }
+    });
+  }
+  for (int64_t n = 0; args.dshift && n < c_out; ++n) {
+    double sum = 0;
+    for (int64_t chunk = 0; chunk < chunks.count; ++chunk) sum += dshifts[chunk * c_out + n];
+    static_cast<T*>(args.dshift)[n] = static_cast<T>(sum);
+  }
+  if (!need_products) return;
+  parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; ++n) {
+      T* const total = products + n * product_stride;
+      if (tiling.tiles == 0) clear(total, depth);
+      for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
+        const T* const part = total + chunk * c_out * product_stride;
+        for (int64_t k = 0; k < depth; ++k) total[k] += part[k];
+      }
+      if (args.dscale) {
+        double sum = 0;
+        for (int64_t k = 0; k < depth; ++k) {
+          sum += static_cast<double>(in_order[n * depth + k]) * static_cast<double>(total[k]);
+        }
+        static_cast<T*>(args.dscale)[n] = static_cast<T>(sum);
+      }
+      const T factor = scale ? scale[n] : T(1);
+      for (int64_t c = 0; dweight && c < channels; ++c) {
+        S* const to = dweight + (n * channels + c) * taps;
+        for (int64_t tap = 0; tap < taps; ++tap) to_storage(total[tap * channels + c] * factor, to + tap);
+      }
+    }
+  });
+}
+
+// ---- The table ------------------------------------------------------------------------------------------------------
+
+void pw_stats(const PwStats& args, const ParallelFor& parallel) {
+  by_dtype<PwStats>(args.dtype, args, parallel, pw_stats_as<float, float>, pw_stats_as<double, double>,
+                    pw_stats_as<bf16, float>);
+}
+void pw_stats_backward(const PwStatsBackward& args, const ParallelFor& parallel) {
+  by_dtype<PwStatsBackward>(args.dtype, args, parallel, pw_stats_backward_as<float, float>,
+                            pw_stats_backward_as<double, double>, pw_stats_backward_as<bf16, float>);
+}
+void bn_act(const BnAct& args, const ParallelFor& parallel) {
+  by_dtype<BnAct>(args.dtype, args, parallel, bn_act_as<float, float>, bn_act_as<double, double>,
+                  bn_act_as<bf16, float>);
+}
+void act_pw_residual(const ActPwResidual& args, const ParallelFor& parallel) {
+  const bool wide = args.residual_dtype == DType::kFloat32;
+  by_dtype<ActPwResidual>(args.dtype, args, parallel, act_pw_residual_as<float, float, float>,
+                          act_pw_residual_as<double, double, double>,
+                          wide ? act_pw_residual_as<bf16, float, float> : act_pw_residual_as<bf16, bf16, float>);
+}
+void act_pw_residual_backward(const ActPwResidualBackward& args, const ParallelFor& parallel) {
+  by_dtype<ActPwResidualBackward>(args.dtype, args, parallel, act_pw_residual_backward_as<float, float>,
+                                  act_pw_residual_backward_as<double, double>,
+                                  act_pw_residual_backward_as<bf16, float>);
+}
+void pconv3x3_backward(const PConv3x3Backward& args, const ParallelFor& parallel) {
+  by_dtype<PConv3x3Backward>(args.dtype, args, parallel, pconv3x3_backward_as<float, float>,
+                             pconv3x3_backward_as<double, double>, pconv3x3_backward_as<bf16, float>);
+}
+void patch_conv_backward(const PatchConvBackward& args, const ParallelFor& parallel) {
+  by_dtype<PatchConvBackward>(args.dtype, args, parallel, patch_conv_backward_as<float, float>,
+                              patch_conv_backward_as<double, double>, patch_conv_backward_as<bf16, float>);
+}

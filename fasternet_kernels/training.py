@@ -1,0 +1,248 @@
+"""Training with batch statistics: convolution, batch norm over one process or many, and the rest.
+
+A layer here is a convolution ``z = conv(x)`` (of patches, or a partial one and a pointwise one), a
+batch norm with the statistics of this batch, and what follows: an activation, or a block's
+activation, second pointwise convolution and residual. Each half is an op of its own, forward and
+backward, because between them stands what belongs to no kernel:
+
+========  ==========================  ===============================  ===========================
+forward   z, mean and m2              of all processes; running ones   y
+backward  dx, dw_partial, dw_pw       sums of all processes            dz and sums over the pixels
+========  ==========================  ===============================  ===========================
+
+Kept from forward to backward are x, z, the statistics and the parameters, and a lean layer does not
+keep z but computes it again from x.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .reference import statistics, statistics_backward
+
+_ops = torch.ops.fasternet_kernels
+NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+
+def uses_batch_statistics(norm: nn.Module | None) -> bool:
+    return isinstance(norm, NORMS) and (norm.training or norm.running_mean is None)
+
+
+def process_group(norm: nn.Module | None):
+    """The processes among which ``norm`` shares its batch statistics, as nn.SyncBatchNorm decides
+    it; None if it uses its own alone."""
+    if not isinstance(norm, nn.SyncBatchNorm) or not norm.training:
+        return None
+    if not (dist.is_available() and dist.is_initialized()):
+        return None
+    group = norm.process_group or dist.group.WORLD
+    return group if dist.get_world_size(group) > 1 else None
+
+
+def _over_processes(mean: Tensor, m2: Tensor, pixels: int, group) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, m2, pixels) of all processes together, by Chan's formula; one without pixels counts
+    for nothing."""
+    if pixels == 0:
+        mean, m2 = torch.zeros_like(mean), torch.zeros_like(m2)
+    mine = torch.cat((mean, m2, mean.new_full((1,), pixels))).double()
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(everyone, mine, group)
+    means, m2s, counts = torch.stack(everyone).split((len(mean), len(mean), 1), dim=1)
+    total = counts.sum()
+    joint = (means * counts).sum(0) / total
+    m2 = (m2s + counts * (means - joint).square()).sum(0)
+    return joint.to(mean.dtype), m2.to(mean.dtype), total.to(mean.dtype)
+
+
+def _update_running_statistics(norm: nn.Module, mean: Tensor, m2: Tensor, pixels) -> None:
+    if not (norm.training and norm.track_running_stats):
+        return
+    factor = 0.0 if norm.momentum is None else norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+    if norm.running_mean is None:
+        return
+    for running, batch in ((norm.running_mean, mean), (norm.running_var, m2 / (pixels - 1))):
+        running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
+
+
+def _scale_and_shift(invstd: Tensor, weight: Tensor | None, bias: Tensor | None):
+    """The batch norm as (z - mean) * scale + shift."""
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    return scale, torch.zeros_like(scale) if bias is None else bias.to(scale.dtype)
+
+
+class _FromStatistics(torch.autograd.Function):
+    """What follows the batch statistics; the gradient is that of the whole layer."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        x,
+        w_partial,
+        w_conv,
+        weight,
+        bias,
+        w_pw2,
+        layer_scale,
+        sample_scale,
+        z,
+        mean,
+        invstd,
+        total,
+        act,
+        lean,
+        group,
+    ):
+        ctx.act, ctx.group = act, group
+        parameters = (w_partial, w_conv, weight, bias, w_pw2, layer_scale, sample_scale)
+        ctx.save_for_backward(x, *parameters, None if lean else z, mean, invstd, total)
+        scale, shift = _scale_and_shift(invstd, weight, bias)
+        if w_pw2 is None:
+            return _ops.bn_act(z, mean, scale, shift, act)
+        return _ops.act_pw_residual(x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, w_partial, w_conv, weight, bias, w_pw2, layer_scale, sample_scale, *rest = (
+            ctx.saved_tensors
+        )
+        z, mean, invstd, total = rest
+        need_x, need_partial, need_conv, need_weight, need_bias, *others = ctx.needs_input_grad[:8]
+        inner = need_x or need_partial or need_conv
+        sums = inner or need_weight or need_bias
+        scale, shift = _scale_and_shift(invstd, weight, bias)
+
+        # The second half of the forward. Not asked for is the mean's gradient, -scale * dshift.
+        vectors, mask = (mean, scale, shift), [inner, False, sums, sums]
+        if w_pw2 is None:
+            if z is None:
+                z, *grads = _ops.bn_act_recompute_backward(
+                    dy, x, *vectors, w_partial, w_conv, ctx.act, mask
+                )
+            else:
+                grads = _ops.bn_act_backward(dy, z, *vectors, ctx.act, mask)
+            dw_pw2 = dlayer_scale = dsample_scale = None
+        else:
+            after = (w_pw2, layer_scale, sample_scale, ctx.act, mask + others)
+            if z is None:
+                z, *grads = _ops.act_pw_residual_recompute_backward(
+                    dy, x, *vectors, w_partial, w_conv, *after
+                )
+            else:
+                grads = _ops.act_pw_residual_backward(dy, z, *vectors, *after)
+            dw_pw2, dlayer_scale, dsample_scale = grads[4:]
+        dz, _, dscale, dshift = grads[:4]
+        dweight = (dscale * invstd).to(weight.dtype) if need_weight else None
+        dbias = dshift.to(bias.dtype) if need_bias else None
+
+        # The statistics, then the first half.
+        dx = dw_partial = dw_conv = None
+        if inner:
+            if ctx.group is not None:
+                both = torch.cat((dscale, dshift))
+                dist.all_reduce(both, group=ctx.group)
+                dscale, dshift = both.chunk(2)
+            pixels = z.shape[0] * z.shape[2] * z.shape[3]
+            count = pixels if total is None else total
+            dmean = dshift * scale * (-pixels / count)
+            dm2 = dscale * scale * invstd.square() * (-0.5 / count)
+            if w_partial is None:
+                dz = statistics_backward(dz, dmean, dm2, z, mean)
+                mask = [need_x, need_conv, False, False]
+                dx, dw_conv, _, _ = _ops.patch_conv_backward(dz, x, w_conv, None, None, mask)
+            else:
+                dx, dw_partial, dw_conv = _ops.pw_stats_backward(
+                    dz,
+                    dmean,
+                    dm2,
+                    x,
+                    z,
+                    mean,
+                    w_partial,
+                    w_conv,
+                    [need_x, need_partial, need_conv],
+                    None if w_pw2 is None else dy,
+                )
+        grads = (dx, dw_partial, dw_conv, dweight, dbias, dw_pw2, dlayer_scale, dsample_scale)
+        return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad)), *([None] * 7)
+
+
+def batch_norm_layer(
+    norm: nn.Module,
+    x: Tensor,
+    w_partial: Tensor | None,
+    w_conv: Tensor,
+    w_pw2: Tensor | None = None,
+    layer_scale: Tensor | None = None,
+    sample_scale: Tensor | None = None,
+    act: str = "identity",
+    lean: bool = False,
+) -> Tensor:
+    """A convolution, ``norm`` with batch statistics and what follows, with gradients of everything.
+
+    Updates the running statistics as nn.BatchNorm2d does. Under an nn.SyncBatchNorm in training,
+    with torch.distributed initialised, the statistics are those of all processes of its group, in
+    gradients as well; batches may differ in size and be empty. Every process must come here as
+    often as the others, in the same order.
+
+    Args:
+        norm: a batch norm that :func:`uses_batch_statistics`.
+        x: (B, C, H, W).
+        w_partial: (C_partial, C_partial, 3, 3), or None for a convolution of patches.
+        w_conv: (C_out, C, 1, 1), of patches (C_out, C, kh, kw), stride = kernel; under autocast in
+            its dtype, as the other weights.
+        w_pw2: (C, C_out, 1, 1) of a block, or None: the activation is the end.
+        layer_scale: (C) or None. sample_scale: (B) or None. Of a block.
+        act: the activation's name.
+        lean: keep x and compute z again in backward.
+
+    Returns:
+        As ``act_pw_residual`` of a block, else as ``bn_act`` of z.
+
+    Raises:
+        ValueError: one value per channel has no variance.
+    """
+    with torch.no_grad():
+        if w_partial is None:
+            z = _ops.patch_conv(x, w_conv, None, None, True)
+            mean, m2 = statistics(z)
+        else:
+            z, mean, m2 = _ops.pw_stats(x, w_partial, w_conv)
+        pixels = z.shape[0] * z.shape[2] * z.shape[3]
+        group, total = process_group(norm), None
+        if group is not None:
+            mean, m2, total = _over_processes(mean, m2, pixels, group)
+        # A count on another device is not looked at: that would wait for it.
+        known = total is None or (total.device.type == "cpu" and not torch.compiler.is_compiling())
+        if known and (pixels if total is None else int(total)) == 1:
+            raise ValueError(
+                "Expected more than 1 value per channel when training, "
+                f"got a hidden tensor of shape {tuple(z.shape)}; call eval() for a single value"
+            )
+        count = pixels if total is None else total
+        _update_running_statistics(norm, mean, m2, count)
+        invstd = torch.rsqrt(m2 / count + norm.eps)
+    return _FromStatistics.apply(
+        x,
+        w_partial,
+        w_conv,
+        norm.weight,
+        norm.bias,
+        w_pw2,
+        layer_scale,
+        sample_scale,
+        z,
+        mean,
+        invstd,
+        total,
+        act,
+        lean,
+        group,
+    )
