@@ -464,13 +464,13 @@ int64_t add_groups(RowGroup<T>* groups, int64_t row, int64_t rows, int n_segment
 // rows, or a segment of one row where rows are long. Enough tiles for every thread where there are enough rows.
 struct Tiling {
   int64_t rows, width, segments, tiles;
-  Tiling(int64_t rows_, int64_t width_, int threads) : rows(rows_), width(width_) {
-    segments = width <= kWholeRows ? 1 : ceil_div(width, kTilePixels);
+  Tiling(int64_t rows_, int64_t width_, int threads, int64_t tile_pixels = kTilePixels) : rows(rows_), width(width_) {
+    segments = width <= kWholeRows ? 1 : ceil_div(width, tile_pixels);
     if (segments > 1) {
       tiles = rows * segments;
       return;
     }
-    tiles = ceil_div(rows * width, kTilePixels);
+    tiles = ceil_div(rows * width, tile_pixels);
     if (tiles < threads) tiles = threads;
     if (tiles < 8 * threads) tiles = round_up(tiles, threads);  // no thread with one tile more than another's few
     if (tiles > rows) tiles = rows;
@@ -782,6 +782,8 @@ struct PConvTile {
     const bool can = Same<S, float>::value && x.channel_stride == 1 && has_winograd(c_partial);
     if (can && winograd_pays(height, width)) winograd = {c_partial, packed, nullptr, nullptr, nullptr};
   }
+  // A product has a row for eight outputs: 14x14 images as one tile are worth 3 % of a block against two tiles.
+  int64_t tile_pixels() const { return winograd.packed ? 2 * kTilePixels : kTilePixels; }
   static bool copies(const Image<S>& x) { return x.channel_stride != 1 || must_copy<S, T>(x.pixel_stride); }
   void carve(Carver* carver, const Image<S>& x, const Tiling& tiling) {
     const int64_t columns = tiling.max_columns() + 2, pixels = tiling.max_rows() * columns;
@@ -1034,7 +1036,7 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
   const Packed<T> w_pw(pconv_of_tiles.w.next(), args.c_out, args.channels);
   if (args.fast) pconv_of_tiles.allow_fast(w_pw.next(), x, args.height, args.width);
   const int64_t total_rows = args.batch * args.height;
-  const Tiling tiling(total_rows, args.width, parallel.num_threads);
+  const Tiling tiling(total_rows, args.width, parallel.num_threads, pconv_of_tiles.tile_pixels());
   const bool direct = Same<S, T>::value && w_pw.n == w_pw.n_padded;  // the micro-kernel's stores are y itself
   const int64_t chunk = chunk_width<T>(w_pw.n_padded, kHiddenChunk);
   parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
@@ -1092,7 +1094,7 @@ void block_as(const Block& args, const ParallelFor& parallel) {
   const Packed<T> w_pw2(w_pw1.next(), args.channels, args.c_hidden);
   if (args.fast) pconv_of_tiles.allow_fast(w_pw2.next(), x, args.height, args.width);
   const int64_t total_rows = args.batch * args.height, area = args.height * args.width;
-  const Tiling tiling(total_rows, args.width, parallel.num_threads);
+  const Tiling tiling(total_rows, args.width, parallel.num_threads, pconv_of_tiles.tile_pixels());
   const int64_t chunk = chunk_width<T>(w_pw1.n_padded, kHiddenChunk);
   const int64_t hidden_stride = spread<T>(chunk), sums_stride = spread<T>(w_pw2.n_padded);
   const bool direct = Same<R, T>::value && w_pw2.n == w_pw2.n_padded && !sample_scale;
