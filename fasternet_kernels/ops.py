@@ -724,6 +724,13 @@ def _(x, z, mean, scale, shift, w_pw2, *args, out_shape=None, **kwargs) -> int:
     return 2 * _pixels(x) * w_pw2[0] * w_pw2[1]
 
 
+def _act_pw_residual_gradients(
+    x, w_pw2, need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample
+) -> int:
+    inner = need_z or need_mean or need_scale or need_shift
+    return 2 * _pixels(x) * w_pw2[0] * w_pw2[1] * (inner + need_pw2 + (need_layer or need_sample))
+
+
 @_flops("act_pw_residual_backward")
 def _(
     grad,
@@ -740,9 +747,7 @@ def _(
     out_shape=None,
     **kwargs,
 ) -> int:
-    need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample = output_mask
-    inner = need_z or need_mean or need_scale or need_shift
-    return 2 * _pixels(z) * w_pw2[0] * w_pw2[1] * (inner + need_pw2 + (need_layer or need_sample))
+    return _act_pw_residual_gradients(z, w_pw2, *output_mask)
 
 
 @_flops("act_pw_residual_recompute_backward")
@@ -763,11 +768,8 @@ def _(
     out_shape=None,
     **kwargs,
 ) -> int:
-    need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample = output_mask
-    inner = need_z or need_mean or need_scale or need_shift
-    products = inner + need_pw2 + (need_layer or need_sample)
     recompute = _pconv_pw_flops(x, w_partial[0], w_pw1[0])
-    return recompute + 2 * _pixels(x) * w_pw2[0] * w_pw2[1] * products
+    return recompute + _act_pw_residual_gradients(x, w_pw2, *output_mask)
 
 
 # ---- Argument checks -----------------------------------------------------------------------------

@@ -239,11 +239,11 @@ def test_timm_in_eval_at_all_sizes(variant, size, batch):
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_timm_in_training_at_all_sizes(variant, size, batch):
-    plain, fast = (copy.deepcopy(model).train() for model in variant[0])
-    # A ReLU's gradient jumps where a value near 0 rounds to its other side: not so in float64.
-    gelu = any(isinstance(m, nn.GELU) for m in plain.modules())
-    dtype = torch.float32 if gelu else torch.float64
-    wild.assert_same_step(fast.to(dtype), plain.to(dtype), image(batch, *size, dtype=dtype))
+    # In float32 a whole step's gradients are rounding noise grown over all layers: a fifth of those
+    # of T0 and T1 have maximum errors that differ by more than twice between eager's own two
+    # layouts. Each op holds float32 by itself; here it is the wiring.
+    plain, fast = (copy.deepcopy(model).double().train() for model in variant[0])
+    wild.assert_same_step(fast, plain, image(batch, *size, dtype=torch.float64))
 
 
 # ---- What stays the same -------------------------------------------------------------------------
