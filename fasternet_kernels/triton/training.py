@@ -42,6 +42,8 @@ from .common import (
 )
 
 PROGRAMS = 4  # for each multiprocessor, of a grid that walks over pixels
+# In the interpreter one tile holds all columns: its time goes by the operation, not by the element.
+ALL_COLUMNS = triton.knobs.runtime.interpret
 
 
 # ---- Tiles ---------------------------------------------------------------------------------------
@@ -49,19 +51,20 @@ PROGRAMS = 4  # for each multiprocessor, of a grid that walks over pixels
 
 def block(size: int, most: int) -> int:
     """A power of two for ``size`` columns: the widest up to ``most``, or half of that where it
-    leaves fewer columns computed in vain. All at once in the interpreter, whose time goes by the
-    operation and not by the element."""
-    if triton.knobs.runtime.interpret:
+    leaves fewer columns computed in vain."""
+    if ALL_COLUMNS:
         return power_of_2(size)
     wide = min(most, power_of_2(size))
     return wide // 2 if wide == most and cdiv(size, wide // 2) % 2 == 1 and size > wide else wide
 
 
-def persistent(t: Tensor, rows: int, block_m: int, others: int) -> tuple[int, int]:
-    """(programs, tiles of each) that walk ``rows`` rows, beside ``others`` programs on the same
-    rows. It depends on shapes and the kind of device alone, so the order of every sum does."""
+def persistent(t: Tensor, rows: int, block_m: int, others: int, least: int = 1) -> tuple[int, int]:
+    """(programs, tiles of each, at least ``least``) that walk ``rows`` rows, beside ``others``
+    programs on the same rows. It depends on shapes and the kind of device alone, so the order of
+    every sum does."""
     tiles = cdiv(rows, block_m)
     per_program = cdiv(tiles, max(1, PROGRAMS * device(t).multiprocessors // others))
+    per_program = max(per_program, min(tiles, least))
     return cdiv(tiles, per_program), per_program
 
 
