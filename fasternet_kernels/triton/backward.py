@@ -57,6 +57,7 @@ from .training import (
     pconv_rows,
     persistent,
     rows_of,
+    tile_of,
     vectors,
 )
 
@@ -236,8 +237,7 @@ def total_kernel(
     BLOCK_N: tl.constexpr,
 ):
     """total as a tensor."""
-    start = tl.program_id(1) * BLOCK_M
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, n = tile_of(C_HIDDEN, BLOCK_M, BLOCK_N)
     local = tl.arange(0, BLOCK_M)[:, None]
     keep = (start + local < rows) & (n < C_HIDDEN)[None, :]
     first = tl.cast(start, tl.int64)
@@ -265,6 +265,7 @@ def du_kernel(
     Z_STRIDE: tl.constexpr,
     DY_STRIDE: tl.constexpr,
     DU_STRIDE: tl.constexpr,
+    COLUMNS: tl.constexpr,
     C: tl.constexpr,
     C_PARTIAL: tl.constexpr,
     C_HIDDEN: tl.constexpr,
@@ -279,13 +280,13 @@ def du_kernel(
     """A tile of du: the first C_PARTIAL channels to ``du``, padded by zeros to DU_STRIDE, and all
     of them plus dy to dx, where pconv_rows_kernel then replaces the first: a store that began at
     C_PARTIAL = 10 could not be wide."""
-    start = tl.program_id(1) * BLOCK_M
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, n = tile_of(COLUMNS, BLOCK_M, BLOCK_N)
     local = tl.arange(0, BLOCK_M)
     valid = (start + local < rows)[:, None]
     first = tl.cast(start, tl.int64)
     dz_ptr += first * DZ_STRIDE
-    z_ptr += first * Z_STRIDE
+    if STATS:
+        z_ptr += first * Z_STRIDE
     du = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, C_HIDDEN, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -518,9 +519,8 @@ def patch_dx_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dx of a convolution of patches: each pixel of g gives the K = taps * channels of its own."""
-    start = tl.program_id(1) * BLOCK_M
+    start, k = tile_of(K, BLOCK_M, BLOCK_K)
     local = tl.arange(0, BLOCK_M)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     pixel = start + local
     valid = (pixel < rows)[:, None]
     g_ptr += tl.cast(start, tl.int64) * G_STRIDE
@@ -799,11 +799,11 @@ def _pconv_pointwise_backward(
             dy = None
         du = empty_image(x, training.round_up(c_partial, 8), w_pw.dtype)
         dx = empty_image(x, c, x.dtype) if need_x else None
-        columns = c if need_x else min(c, du.shape[1])
+        columns = max(c, du.shape[1]) if need_x else du.shape[1]
         block_m, block_n, block_k = 128, block(columns, 128), block(c_hidden, 32)
         launch(
             du_kernel,
-            (cdiv(max(columns, du.shape[1]), block_n), cdiv(rows, block_m)),
+            (cdiv(columns, block_n) * cdiv(rows, block_m),),
             dz_ptr=dz,
             z_ptr=z,
             dmean_ptr=dmean,
@@ -818,6 +818,7 @@ def _pconv_pointwise_backward(
             Z_STRIDE=z_step if statistics else 0,
             DY_STRIDE=0 if dy is None else dy_step,
             DU_STRIDE=du.shape[1],
+            COLUMNS=columns,
             C=c,
             C_PARTIAL=c_partial,
             C_HIDDEN=c_hidden,
@@ -851,7 +852,7 @@ def _total(dz, z, dmean, dm2, mean, dtype: torch.dtype) -> Tensor:
     total = empty_image(z, c, dtype)
     launch(
         total_kernel,
-        (cdiv(c, block_n), cdiv(rows, block_m)),
+        (cdiv(c, block_n) * cdiv(rows, block_m),),
         dz_ptr=dz,
         z_ptr=z,
         dmean_ptr=dmean,
@@ -1104,7 +1105,7 @@ def patch_conv_backward(
         (scales,) = vectors(scale)
         launch(
             patch_dx_kernel,
-            (cdiv(k, block_k), cdiv(rows, block_m)),
+            (cdiv(k, block_k) * cdiv(rows, block_m),),
             g_ptr=g,
             w_ptr=weight.permute(0, 2, 3, 1).contiguous(),
             scale_ptr=scales,

@@ -89,6 +89,15 @@ def tap_weights(weight: Tensor) -> Tensor:
 
 
 @triton.jit
+def tile_of(N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first row, columns) of this program's tile: those of the same rows run side by side, on one
+    axis of the grid because the others end at 65535."""
+    blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0)
+    return tile // blocks * BLOCK_M, tile % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
 def pconv_tile(
     x_ptr,
     w_ptr,
@@ -169,8 +178,7 @@ def pconv_rows_kernel(
 ):
     """The convolved channels alone, plus ``add`` where it is there; columns from C_PARTIAL to
     Y_COLUMNS are zero."""
-    start = tl.program_id(1) * BLOCK_M
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, n = tile_of(Y_COLUMNS, BLOCK_M, BLOCK_N)
     acc = pconv_tile(
         x_ptr,
         w_ptr,
@@ -390,8 +398,7 @@ def bn_act_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    start = tl.program_id(1) * BLOCK_M
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, n = tile_of(C, BLOCK_M, BLOCK_N)
     local = tl.arange(0, BLOCK_M)[:, None]
     keep = (start + local < rows) & (n < C)[None, :]
     first = tl.cast(start, tl.int64)
@@ -428,8 +435,7 @@ def act_pw_residual_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """A tile of y: the activation is made of z on its way to the tensor cores."""
-    start = tl.program_id(1) * BLOCK_M
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, n = tile_of(C, BLOCK_M, BLOCK_N)
     local = tl.arange(0, BLOCK_M)
     valid = (start + local < rows)[:, None]
     first = tl.cast(start, tl.int64)
@@ -496,7 +502,7 @@ def pconv_rows(
     block_n, block_k = block(columns, 128), block(c_partial, 64)
     launch(
         pconv_rows_kernel,
-        (cdiv(columns, block_n), cdiv(rows, block_m)),
+        (cdiv(columns, block_n) * cdiv(rows, block_m),),
         x_ptr=x,
         w_ptr=taps,
         add_ptr=add,
@@ -610,7 +616,7 @@ def bn_act(z: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, act: str) -> T
     rows, block_m, block_n = rows_of(z), 64, block(c, 128)
     launch(
         bn_act_kernel,
-        (cdiv(c, block_n), cdiv(rows, block_m)),
+        (cdiv(c, block_n) * cdiv(rows, block_m),),
         z_ptr=source,
         mean_ptr=mean,
         scale_ptr=scale,
@@ -652,7 +658,7 @@ def act_pw_residual(
     block_n, block_k = block(c, 128), block(c_hidden, 32)
     launch(
         act_pw_residual_kernel,
-        (cdiv(c, block_n), cdiv(rows, block_m)),
+        (cdiv(c, block_n) * cdiv(rows, block_m),),
         x_ptr=source,
         z_ptr=hidden,
         mean_ptr=mean,
