@@ -3,14 +3,15 @@
     u = x with u[:, :Cp] = conv3x3(x[:, :Cp])        a = act((u W1^T) * scale + shift)
     y = x + sample_scale * layer_scale * (a W2^T)
 
-Fused (``block_kernel``, ``pconv_pw_kernel``): a program has BLOCK_M pixels. It convolves their first
-channels, puts the result in place of x's, and keeps u as a tuple of matrix operands whose widths
-cover C with little waste: the first is the next power of two of C_partial, so that u and x meet
-inside of it, and no product is computed on masked channels. Then it goes over the hidden channels,
-BLOCK_H at a time: product, scale, shift, activation, and for the block the second product onto
-accumulators as wide as C. So x is read once (taps and residual hit the caches), y written once, and
-nothing else crosses memory. Bytes: 2 * C a pixel and once the weights, but each program reads the
-weights again through L2: 4 * C * C_hidden * BLOCK_M FLOPs for 2 * C * C_hidden weights.
+Fused (``block_kernel``, ``pconv_pw_kernel``): a program has BLOCK_M pixels. It convolves their
+first channels, puts the result in place of x's, and keeps u as a tuple of matrix operands whose
+widths cover C with little waste: the first is the next power of two of C_partial, so that u and x
+meet inside of it, and no product is computed on masked channels. Then it goes over the hidden
+channels, BLOCK_H at a time: product, scale, shift, activation, and for the block the second product
+onto accumulators as wide as C. So x is read once (taps and residual hit the caches), y written
+once, and nothing else crosses memory: 2 * C elements a pixel, and the weights once. But each
+program reads the weights again through L2: 4 * C * C_hidden * BLOCK_M FLOPs for 2 * C * C_hidden
+weights.
 
 Split (``gemm_kernel``), where a program's accumulators would not fit into registers (large C) or
 where there are too few pixels to give every multiprocessor a program: PConv to a scratch, then each
@@ -86,7 +87,7 @@ def mixed_operands(
     operands = ()
     for i in tl.static_range(len(K_WIDTHS)):
         k = piece_columns(K_WIDTHS, i)
-        if i == 0 and CP == K_WIDTHS[0]:
+        if i == 0 and K_WIDTHS[0] == CP:
             own = acc.to(dtype)
         else:
             mask = inside[:, None] & (k < C)[None, :]
@@ -265,7 +266,7 @@ def block_kernel(
         tl.store(y + rows[:, None] * C + n[None, :], result.to(y.dtype.element_ty), mask=mask)
 
 
-# ---- Split -----------------------------------------------------------------------------------------
+# ---- Split ---------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -295,8 +296,8 @@ def gemm_kernel(
 ):
     """y = act((A w^T) * scale + shift), or x + sample_scale * layer_scale * (A w^T) if there is x.
 
-    The first HEAD columns of A are those of ``head``, all or a multiple of BLOCK_K, the others those
-    of ``tail``, which has all. Grid: (tiles of pixels * tiles of N,), those of N first.
+    The first HEAD columns of A, all or a multiple of BLOCK_K, are those of ``head``, the others
+    those of ``tail``, which has all. Grid: (tiles of pixels * tiles of N,), those of N first.
     """
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     first = (tl.program_id(0) // TILES_N).to(tl.int64) * BLOCK_M

@@ -178,8 +178,8 @@ def config(op: str, shape: tuple[int, ...], dtype: torch.dtype, on: Device) -> d
 
 
 def pixel_step(x: Tensor) -> int | None:
-    """The distance between the pixels of a channels_last image, which may be a slice of the channels
-    of a wider one; None if ``x`` lies in memory in another way.
+    """The distance between the pixels of a channels_last image, which may be a slice of the
+    channels of a wider one; None if ``x`` lies in memory in another way.
 
     Raises:
         ValueError: an image has more pixels, or a row more elements, than the kernels' 32-bit
