@@ -1,0 +1,111 @@
+"""Triton kernels behind the ops on CUDA devices, one file per kernel family.
+
+:func:`register` puts them under the CUDA dispatch key of the ops of :mod:`fasternet_kernels.ops`,
+whose schemas, fakes and autograd formulas serve every device. Importing this package does not
+import triton: a family's file is imported when one of its ops is first called.
+
+``KERNELS`` maps an op's name to a function with exactly the op's arguments. It takes CUDA tensors;
+CPU tensors where ``TRITON_INTERPRET=1`` was set before triton was imported; meta tensors inside
+:func:`fasternet_kernels.triton.common.record`.
+
+What the kernels do not serve runs in :mod:`fasternet_kernels.reference` on the GPU: float64, and
+devices before compute capability 8.0.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .. import ops, reference
+
+# The ops of each file beside this one, whose KERNELS has these keys.
+FAMILIES = {
+    "pconv": ("pconv3x3", "pconv3x3_", "pconv3x3_backward"),
+    "block": ("pconv_pw", "block"),
+    "packed": ("pack", "pconv_pw_packed", "block_packed", "network"),
+    "patch": ("patch_conv", "patch_conv_packed", "head", "head_packed"),
+}
+
+_library: torch.library.Library | None = None
+
+
+def __getattr__(name: str):
+    if name != "KERNELS":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    kernels = {op: kernel(op) for names in FAMILIES.values() for op in names}
+    globals()["KERNELS"] = kernels
+    return kernels
+
+
+@functools.cache
+def kernel(op: str) -> Callable:
+    """The function behind the op, from its family's file."""
+    family = next(name for name, names in FAMILIES.items() if op in names)
+    return importlib.import_module(f".{family}", __name__).KERNELS[op]
+
+
+@functools.cache
+def _old(index: int | None) -> bool:
+    capability = torch.cuda.get_device_capability(index)
+    if capability >= (8, 0):
+        return False
+    warnings.warn(
+        "fasternet_kernels runs its slow PyTorch reference on this GPU: it has compute capability "
+        f"{capability[0]}.{capability[1]}, the Triton kernels need 8.0",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+    return True
+
+
+def serves(t: Tensor) -> bool:
+    """Whether calls with the tensor ``t`` on CUDA run in the Triton kernels, not the reference."""
+    return (
+        _library is not None and t.is_cuda and t.dtype != torch.float64 and not _old(t.device.index)
+    )
+
+
+def _first(args) -> Tensor:
+    return args[0] if isinstance(args[0], Tensor) else args[0][0]
+
+
+def _dispatch(op: str) -> Callable:
+    """The op's implementation for CUDA: Triton kernel or reference, both below autocast, which has
+    already cast what it casts."""
+    plain = getattr(reference, op)
+
+    def run(*args, **kwargs):
+        if torch.is_autocast_enabled("cuda"):
+            with torch.autocast("cuda", enabled=False):
+                return run(*args, **kwargs)
+        return (kernel(op) if serves(_first(args)) else plain)(*args, **kwargs)
+
+    return run
+
+
+def register() -> None:
+    """Registers the kernels for CUDA where torch has it; warns if there is a GPU but no triton.
+    Later calls do nothing."""
+    global _library
+    if _library is not None or torch.version.cuda is None:
+        return
+    if importlib.util.find_spec("triton") is None:
+        if torch.cuda.is_available():
+            warnings.warn(
+                "fasternet_kernels runs its slow PyTorch reference on CUDA: triton is not "
+                "installed; install it with pip install triton",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return
+    _library = torch.library.Library(ops.NAMESPACE, "IMPL")
+    for names in FAMILIES.values():
+        for op in names:
+            _library.impl(op, _dispatch(op), "CUDA")
