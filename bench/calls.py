@@ -1,5 +1,5 @@
-"""Calls of single ops at the shapes of the networks' stages, on any device: what offline.py compiles,
-roofline.py reckons, gpu.py tunes and times.
+"""Calls of single ops at the shapes of the networks' stages, on any device: what offline.py
+compiles, roofline.py reckons and gpu_tune.py tunes.
 """
 
 from __future__ import annotations
