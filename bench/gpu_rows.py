@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,8 +97,6 @@ def provenance(device: Device) -> dict[str, object]:
 
 
 def _driver() -> str:
-    import subprocess
-
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
@@ -155,7 +154,7 @@ class Session:
 
     def peak(self, name: str) -> float:
         """A rate that the section `peaks` has measured: GB/s or TFLOP/s; 0 where it has not."""
-        row = self.rows.get(("peak", name, 1, _PEAK_DTYPE.get(name, ""), "torch"))
+        row = self.rows.get(("peak", name, 1, "" if name == "copy" else name, "torch"))
         if row is None:
             return 0.0
         return (row.gb_per_s if name == "copy" else row.tflop_per_s) or 0.0
@@ -275,6 +274,3 @@ class Session:
         results.append(self.path, [row])
         took = "" if row.median_ms is None else f"{row.median_ms:9.4f} ms"
         print(f"{work.name} {batch}x{channels}x{height} {work.dtype} {provider}: {took} {status}")
-
-
-_PEAK_DTYPE = {"bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
