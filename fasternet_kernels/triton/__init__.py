@@ -27,10 +27,22 @@ from .. import ops, reference
 
 # The ops of each file beside this one, whose KERNELS has these keys.
 FAMILIES = {
-    "pconv": ("pconv3x3", "pconv3x3_", "pconv3x3_backward"),
+    "pconv": ("pconv3x3", "pconv3x3_"),
     "block": ("pconv_pw", "block"),
     "packed": ("pack", "pconv_pw_packed", "block_packed", "network"),
     "patch": ("patch_conv", "patch_conv_packed", "head", "head_packed"),
+    "training": ("pw_stats", "bn_act", "act_pw_residual"),
+    "backward": (
+        "pconv3x3_backward",
+        "pconv_pw_backward",
+        "block_backward",
+        "patch_conv_backward",
+        "pw_stats_backward",
+        "bn_act_backward",
+        "bn_act_recompute_backward",
+        "act_pw_residual_backward",
+        "act_pw_residual_recompute_backward",
+    ),
 }
 
 _library: torch.library.Library | None = None
