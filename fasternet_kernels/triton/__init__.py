@@ -27,7 +27,7 @@ from .. import ops, reference
 
 # The ops of each file beside this one, whose KERNELS has these keys.
 FAMILIES = {
-    "pconv": ("pconv3x3", "pconv3x3_", "pconv3x3_backward"),
+    "pconv": ("pconv3x3", "pconv3x3_"),
     "block": ("pconv_pw", "block"),
     "patch": ("patch_conv", "head"),
     "packed": (
@@ -37,6 +37,18 @@ FAMILIES = {
         "patch_conv_packed",
         "head_packed",
         "network",
+    ),
+    "training": ("pw_stats", "bn_act", "act_pw_residual"),
+    "backward": (
+        "pconv3x3_backward",
+        "pconv_pw_backward",
+        "block_backward",
+        "patch_conv_backward",
+        "pw_stats_backward",
+        "bn_act_backward",
+        "bn_act_recompute_backward",
+        "act_pw_residual_backward",
+        "act_pw_residual_recompute_backward",
     ),
 }
 

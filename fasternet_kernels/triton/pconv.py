@@ -1,5 +1,5 @@
 """Partial convolution: a 3x3 convolution of the first C_partial channels (stride 1, zero padding 1,
-no bias), the others passed through; out of place, in place, and its gradient.
+no bias), the others passed through; out of place and in place.
 
     u[m, n] = sum over taps t, channels k < C_partial of  x[m + offset(t), k] * w[t, n, k]
 
@@ -247,24 +247,6 @@ def pconv3x3(x: Tensor, weight: Tensor, fast: bool = False) -> Tensor:
     return _pconv(x, weight)
 
 
-def pconv3x3_backward(
-    grad: Tensor, x_partial: Tensor, weight: Tensor, output_mask: list[bool]
-) -> tuple[Tensor, Tensor]:
-    # dx is a PConv with the kernel turned by half a turn and its channels exchanged. dw is one
-    # product over all pixels with nothing to fuse: PyTorch's convolution library has it.
-    need_x, need_weight = output_mask
-    dx = dw = grad.new_empty(0)
-    if need_x:
-        dx = _pconv(grad, weight.flip(2, 3).transpose(0, 1))
-    if need_weight:
-        partial = grad[:, : weight.shape[0]].to(weight.dtype)
-        dw = torch.ops.aten.convolution_backward(
-            partial, x_partial.to(weight.dtype), weight, None, (1, 1), (1, 1), (1, 1), False,
-            (0, 0), 1, (False, True, False),
-        )[1].contiguous()  # fmt: skip
-    return dx, dw
-
-
 # ---- In place ------------------------------------------------------------------------------------
 # The scratch of one image is pixels: rows first (tile of rows, first or last row, column); then, if
 # tiles do not span the width, columns (tile of columns, first or last column, row).
@@ -472,5 +454,4 @@ def pconv3x3_(x: Tensor, weight: Tensor) -> None:
 KERNELS = {
     "pconv3x3": pconv3x3,
     "pconv3x3_": pconv3x3_,
-    "pconv3x3_backward": pconv3x3_backward,
 }
