@@ -77,7 +77,7 @@ class Call:
         image = functools.partial(_random, dtype=dtype, device=device)
         vector = functools.partial(_random, dtype=compute_dtype(dtype), device=device)
         batch, c, height, width = self.shape
-        cp, hidden = c // N_DIV, c * MLP_RATIO
+        cp, hidden = max(c // N_DIV, 1), c * MLP_RATIO
         x = image(batch, c, height, width)
         w_partial = image(cp, cp, 3, 3, scale=(9 * cp) ** -0.5)
         w_pw1 = image(hidden, c, 1, 1, scale=c**-0.5)

@@ -77,6 +77,7 @@ class Binary:
         constants: of the kernel.
         registers: of a thread. stack, local: bytes of a thread in device memory, 0 without spills.
         shared: bytes of a program. limit: bytes that the device has for it.
+        dots: (M, N, K) of each matrix product of the source.
         opcodes: SASS instruction with its modifiers -> how often it stands in the code.
         error: why there is no binary; then the rest is empty.
     """
@@ -93,6 +94,7 @@ class Binary:
     local: int = 0
     shared: int = 0
     limit: int = 0
+    dots: tuple[tuple[int, int, int], ...] = ()
     opcodes: dict[str, int] = dataclasses.field(default_factory=dict)
     error: str = ""
 
@@ -217,6 +219,9 @@ def compile_kernel(kernel: Kernel) -> Binary:
         source, options, target = _specialise(launch, kernel.gpu.capability)
         compiled = triton.compile(source, target=target, options=options.__dict__)
         usage, opcodes = read_cubin(compiled.asm["cubin"])
+        dots = re.findall(
+            r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x", compiled.asm["ttir"]
+        )
     except Exception as error:  # the compiler has many kinds
         return dataclasses.replace(binary, error=f"{type(error).__name__}: {error}"[:2000])
     return dataclasses.replace(
@@ -225,6 +230,7 @@ def compile_kernel(kernel: Kernel) -> Binary:
         stack=usage["STACK"],
         local=usage["LOCAL"],
         shared=compiled.metadata.shared,
+        dots=tuple(sorted({(int(m), int(n), int(k)) for m, k, n in dots})),
         opcodes=opcodes,
     )
 
