@@ -29,8 +29,15 @@ from .. import ops, reference
 FAMILIES = {
     "pconv": ("pconv3x3", "pconv3x3_"),
     "block": ("pconv_pw", "block"),
-    "packed": ("pack", "pconv_pw_packed", "block_packed", "network"),
-    "patch": ("patch_conv", "patch_conv_packed", "head", "head_packed"),
+    "patch": ("patch_conv", "head"),
+    "packed": (
+        "pack",
+        "pconv_pw_packed",
+        "block_packed",
+        "patch_conv_packed",
+        "head_packed",
+        "network",
+    ),
     "training": ("pw_stats", "bn_act", "act_pw_residual"),
     "backward": (
         "pconv3x3_backward",

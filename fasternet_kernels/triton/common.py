@@ -2,8 +2,8 @@
 lie in memory, and the small device functions (pieces of a width, activations).
 
 Every kernel works on pixels: an image (B, C, H, W) in channels_last memory is a matrix of
-M = B * H * W rows of C elements. A program finds its first row in 64 bits; what it adds to that fits
-into 32, so tensors may have more than 2^31 elements.
+M = B * H * W rows of C elements, ``step`` apart. A program finds its first row in 64 bits; what it
+adds to that fits into 32, so tensors may have more than 2^31 elements.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import dense, memory_format
+from .layout import round_up, vector  # noqa: F401 - for the kernel files
 
 # ---- Devices -------------------------------------------------------------------------------------
 
@@ -48,7 +49,7 @@ def _cuda_device(index: int) -> Device:
 
 
 def device(t: Tensor) -> Device:
-    """The GPU that ``t`` is on; an H100 for tensors that are on none, or what :func:`record` says."""
+    """The GPU that ``t`` is on; what :func:`pretend` says, else an H100, for tensors on none."""
     if _pretended is not None:
         return _pretended
     return _cuda_device(t.device.index) if t.is_cuda else _H100
@@ -176,25 +177,35 @@ def config(op: str, shape: tuple[int, ...], dtype: torch.dtype, on: Device) -> d
 # ---- Images as pixels ----------------------------------------------------------------------------
 
 
-def pixels(x: Tensor) -> tuple[Tensor, int]:
-    """(x in channels_last memory, distance between its pixels): x itself if it is that already, also
-    as a slice of the channels of a wider image, else a copy."""
+def pixel_step(x: Tensor) -> int | None:
+    """The distance between the pixels of a channels_last image, which may be a slice of the
+    channels of a wider one; None if ``x`` lies in memory in another way.
+
+    Raises:
+        ValueError: an image has more pixels, or a row more elements, than the kernels' 32-bit
+            offsets within a tile reach.
+    """
     batch, channels, height, width = x.shape
-    step = channels
-    for size, stride, inner in (
-        (width, x.stride(3), 1),
-        (height, x.stride(2), width),
-        (batch, x.stride(0), height * width),
-    ):
-        if size > 1:
-            step = stride // inner
-            break
+    strides = ((width, x.stride(3), 1), (height, x.stride(2), width))
+    strides += ((batch, x.stride(0), height * width),)
+    step = next((stride // inner for size, stride, inner in strides if size > 1), channels)
     expected = (step * height * width, 1, step * width, step)
-    if step >= channels and all(
-        size == 1 or a == b for size, a, b in zip(x.shape, x.stride(), expected)
+    if height * width >= 2**30 or (width + 2**12) * max(step, channels) >= 2**31:
+        raise ValueError(
+            f"x has images of {height} x {width} pixels of {channels} channels, expected less than "
+            "2^30 pixels an image and 2^31 elements a row"
+        )
+    if step < channels or any(
+        size > 1 and a != b for size, a, b in zip(x.shape, x.stride(), expected)
     ):
-        return x, step
-    return dense(x, torch.channels_last), channels
+        return None
+    return step
+
+
+def pixels(x: Tensor) -> tuple[Tensor, int]:
+    """(x or a copy of it in channels_last memory, distance between its pixels)."""
+    step = pixel_step(x)
+    return (dense(x, torch.channels_last), x.shape[1]) if step is None else (x, step)
 
 
 def empty_image(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
@@ -205,6 +216,8 @@ def empty_image(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
 
 def in_format_of(y: Tensor, x: Tensor) -> Tensor:
     """``y``, channels_last, in the memory format that ``x`` suggests."""
+    if y.numel() == 0:  # for which contiguous() leaves any strides
+        return torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=memory_format(x))
     return dense(y, memory_format(x))
 
 
@@ -238,7 +251,7 @@ def pieces(n: int, first: int = 0, most: int = 3, largest: int = 256) -> tuple[i
 
 
 # ---- Device functions ----------------------------------------------------------------------------
-# Tensors in Triton have powers of two as sizes. A width of 40 is a tuple of tensors, 32 and 16 wide.
+# Sizes of tensors in Triton are powers of two. A width of 40 is a tuple of two, 32 and 16 wide.
 
 
 @triton.constexpr_function
