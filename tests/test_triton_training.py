@@ -1,10 +1,6 @@
 """The Triton kernels of training and of every backward pass, in Triton's interpreter on CPU tensors
 (float32 and float16: its bfloat16 products are wrong), against float64."""
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
-
 import functools
 
 import pytest
@@ -24,7 +20,7 @@ from cases import (
 
 from fasternet_kernels import reference
 from fasternet_kernels.reference import ACTS
-from fasternet_kernels.triton import KERNELS, common, training
+from fasternet_kernels.triton import common, kernel, training
 
 # Every stage's channels, few pixels.
 STAGES = [
@@ -116,7 +112,7 @@ def check(name, call):
     """The kernel against the reference in float64, beside the reference in the same dtype."""
     op = name.split()[0]
     before = [t.clone() if isinstance(t, torch.Tensor) else t for t in call[0]]
-    got = run(KERNELS[op], name, call)
+    got = run(kernel(op), name, call)
     for t, old in zip(call[0], before):
         assert not isinstance(t, torch.Tensor) or torch.equal(t, old), "an input was changed"
     exact = run(getattr(reference, op), name, double(call))
@@ -195,18 +191,18 @@ def test_output_masks(name):
     """Each gradient alone, and all but it, is what it is among all; the others are empty."""
     call = arguments(SMALL, torch.float32)[name]
     n, outputs = call[1], outputs_of(name)
-    kernel = KERNELS[name.split()[0]]
-    everything = run(kernel, name, call)
+    op = kernel(name.split()[0])
+    everything = run(op, name, call)
     first = len(everything) - outputs
     for i in range(n):
         for mask in ([j == i for j in range(outputs)], [j != i and j < n for j in range(outputs)]):
-            found = run(kernel, name, call, mask)
+            found = run(op, name, call, mask)
             for j, need in enumerate(mask):
                 if need:
                     assert torch.equal(found[first + j], everything[first + j])
                 else:
                     assert found[first + j].numel() == 0
-    assert all(t.numel() == 0 for t in run(kernel, name, call, [False] * outputs)[first:])
+    assert all(t.numel() == 0 for t in run(op, name, call, [False] * outputs)[first:])
 
 
 @pytest.mark.parametrize("kind", ["nchw", "expanded", "strided", "slice"])
@@ -226,7 +222,7 @@ def test_layouts_of_the_gradient(name, kind):
         if dense:
             changed = [g.contiguous(memory_format=torch.channels_last) for g in changed]
         layouts.append(
-            run(KERNELS[name.split()[0]], name, ((changed[0], *args[1:]), n, *changed[1:]))
+            run(kernel(name.split()[0]), name, ((changed[0], *args[1:]), n, *changed[1:]))
         )
     for a, b in zip(*layouts, strict=True):
         assert torch.equal(a, b)
@@ -274,10 +270,10 @@ def test_recompute(lean):
     """z has the bits of pw_stats, and the gradients those of the op that is given it."""
     args, n = arguments(SMALL, torch.float16)[lean]
     grad, x, *vectors, partial, pw1 = args[:7]
-    z = KERNELS["pw_stats"](x, partial, pw1)[0]
-    plain = KERNELS[lean.replace("_recompute", "")]
+    z = kernel("pw_stats")(x, partial, pw1)[0]
+    plain = kernel(lean.replace("_recompute", ""))
     expected = (z, *plain(grad, z, *vectors, *args[7:], [True] * n))
-    for a, b in zip(run(KERNELS[lean], lean, (args, n)), expected, strict=True):
+    for a, b in zip(run(kernel(lean), lean, (args, n)), expected, strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride()
 
 
@@ -309,11 +305,11 @@ def test_what_is_masked_does_not_spread(value):
     for channel, pixel in ((6, (0, 0)), (7, (4, 5)), (2, (0, 5))):
         x, w = image(case), weights(case)
         x[0, channel, pixel[0], pixel[1]] = value
-        z, *_ = KERNELS["pw_stats"](x, w["w_partial"], w["w_pw1"])
+        z, *_ = kernel("pw_stats")(x, w["w_partial"], w["w_pw1"])
         exact = reference.pw_stats(*double((x, w["w_partial"], w["w_pw1"])))[0]
         assert torch.equal(z.isfinite(), exact.isfinite())
         grad = x.clone()
-        dx, dw = KERNELS["pconv3x3_backward"](grad, image(case)[:, :6], w["w_partial"], [True] * 2)
+        dx, dw = kernel("pconv3x3_backward")(grad, image(case)[:, :6], w["w_partial"], [True] * 2)
         exact = reference.pconv3x3_backward(
             *double((grad, image(case)[:, :6], w["w_partial"])), [True] * 2
         )
@@ -325,7 +321,7 @@ def test_what_is_masked_does_not_spread(value):
 def test_the_same_bits_on_every_run(few_programs):
     calls = arguments(TILES[0], torch.float32)
     for name in NAMES:
-        a, b = (run(KERNELS[name.split()[0]], name, calls[name]) for _ in range(2))
+        a, b = (run(kernel(name.split()[0]), name, calls[name]) for _ in range(2))
         assert all(torch.equal(s, t) for s, t in zip(a, b))
 
 
@@ -340,7 +336,7 @@ def test_recorded_on_meta_tensors(name, shipped_tiles):
     """Launchers need no data, so they never wait for a GPU, and outputs are as the fakes say."""
     call = meta(arguments(Case(2, 320, 7, 7), torch.bfloat16)[name])
     with common.record() as launches:
-        got = run(KERNELS[name.split()[0]], name, call)
+        got = run(kernel(name.split()[0]), name, call)
     assert launches
     for launch in launches:
         assert all(0 < n < 2**31 for n in launch.grid)

@@ -16,7 +16,7 @@ Four kernels do it. ``dz_kernel`` makes da by tensor cores, and dt, dz and the s
 its epilogue, so neither da nor a is ever in memory. ``du_kernel`` makes total on the way to the
 tensor cores and adds dy at the end. ``weight_gradient_kernel`` is g' a over pixels, where a may be
 an activation of z, two segments (u and x), shifted pixels or patches, made as it is loaded.
-``pconv_rows_kernel`` of :mod:`.training` is the transposed convolution, with the taps turned round.
+``pconv_dx_kernel`` is the transposed convolution, with the taps turned round.
 
 dlayer_scale[c] is the sum of w_pw2[c, :] times the unscaled dw_pw2[c, :], since both are the sum
 over pixels and hidden channels of grad a w: the projection itself is not needed. So is a patch
@@ -38,25 +38,32 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from . import training
 from .common import (
     activation,
     cdiv,
+    config,
+    device,
     dot_precision,
     empty_image,
     in_format_of,
     launch,
     pixels,
+    power_of_2,
+    precision,
+    round_up,
+    vector,
 )
+from .pconv import convolve, place, taps_of
 from .training import (
     block,
+    convolved_head,
     load_vectors,
     normalise,
-    pconv_partial,
     pconv_pointwise,
-    pconv_rows,
     persistent,
     rows_of,
+    tile_of,
+    tiles,
     vectors,
 )
 
@@ -65,6 +72,8 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
+# Of a weight gradient: pixels at a time, most outputs and inputs.
+WEIGHT_TILES = {"16": (32, 128), "tf32": (32, 64), "fp32": (16, 64)}
 # From this many channels on, `total` goes to memory once instead of being made again for every
 # block of outputs.
 WIDE = 256
@@ -113,8 +122,8 @@ def dz_kernel(
     rows,
     image_pixels,
     tiles_per_program,
-    GRAD_STRIDE: tl.constexpr,
-    Z_STRIDE: tl.constexpr,
+    GRAD_STEP: tl.constexpr,
+    Z_STEP: tl.constexpr,
     C: tl.constexpr,
     C_HIDDEN: tl.constexpr,
     ACT: tl.constexpr,
@@ -141,13 +150,13 @@ def dz_kernel(
         start = tile * BLOCK_M
         valid = start + local < rows
         keep = valid[:, None] & (n < C_HIDDEN)[None, :]
-        grad_tile = grad_ptr + tl.cast(start, tl.int64) * GRAD_STRIDE
+        grad_tile = grad_ptr + tl.cast(start, tl.int64) * GRAD_STEP
         if PROJECT:
             da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for k0 in range(0, C, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 g = tl.load(
-                    grad_tile + local[:, None] * GRAD_STRIDE + k[None, :],
+                    grad_tile + local[:, None] * GRAD_STEP + k[None, :],
                     mask=valid[:, None] & (k < C)[None, :],
                     other=0.0,
                 )
@@ -162,10 +171,10 @@ def dz_kernel(
                 da = tl.dot(g.to(w.dtype), w, da, input_precision=PRECISION)
         else:
             da = tl.load(
-                grad_tile + local[:, None] * GRAD_STRIDE + n[None, :], mask=keep, other=0.0
+                grad_tile + local[:, None] * GRAD_STEP + n[None, :], mask=keep, other=0.0
             ).to(tl.float32)
-        z_tile = z_ptr + tl.cast(start, tl.int64) * Z_STRIDE
-        z = tl.load(z_tile + local[:, None] * Z_STRIDE + n[None, :], mask=keep, other=0.0)
+        z_tile = z_ptr + tl.cast(start, tl.int64) * Z_STEP
+        z = tl.load(z_tile + local[:, None] * Z_STEP + n[None, :], mask=keep, other=0.0)
         centred, t = normalise(z, mean, scale, shift)
         if NEED_SAMPLE:
             a = activation(t, ACT).to(w_ptr.dtype.element_ty).to(tl.float32)
@@ -221,6 +230,49 @@ def add_statistics(dz, z, dmean_ptr, dm2_ptr, mean_ptr, rows, n, N: tl.constexpr
 
 
 @triton.jit
+def pconv_dx_kernel(
+    du_ptr,
+    taps_ptr,
+    dy_ptr,
+    dx_ptr,
+    rows,
+    height,
+    width,
+    DU_STEP: tl.constexpr,
+    DY_STEP: tl.constexpr,
+    DX_STEP: tl.constexpr,
+    TAP_STEP: tl.constexpr,
+    C: tl.constexpr,
+    C_PARTIAL: tl.constexpr,
+    HAS_DY: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The first C_PARTIAL channels of dx: the convolution of du, C channels of which may be read,
+    with the taps turned round, plus dy."""
+    start, n = tile_of(C_PARTIAL, BLOCK_M, BLOCK_N)
+    start = tl.cast(start, tl.int64)
+    local = tl.arange(0, BLOCK_M)
+    inside = local < rows - start
+    row, column = place(start, local, height, width)
+    dx = convolve(
+        du_ptr + start * DU_STEP, taps_ptr, local, inside, row, column, n, height, width, C,
+        C_PARTIAL, DU_STEP, TAP_STEP, BLOCK_M, BLOCK_N, BLOCK_K, VECTOR, PRECISION,
+    )  # fmt: skip
+    keep = inside[:, None] & (n < C_PARTIAL)[None, :]
+    if HAS_DY:
+        dy_ptr += start * DY_STEP
+        dy = tl.load(dy_ptr + local[:, None] * DY_STEP + n[None, :], mask=keep, other=0.0)
+        dx += dy.to(tl.float32)
+    dx_ptr += start * DX_STEP
+    dx = dx.to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + local[:, None] * DX_STEP + n[None, :], dx, mask=keep)
+
+
+@triton.jit
 def total_kernel(
     dz_ptr,
     z_ptr,
@@ -229,20 +281,19 @@ def total_kernel(
     mean_ptr,
     total_ptr,
     rows,
-    DZ_STRIDE: tl.constexpr,
-    Z_STRIDE: tl.constexpr,
+    DZ_STEP: tl.constexpr,
+    Z_STEP: tl.constexpr,
     C_HIDDEN: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     """total as a tensor."""
-    start = tl.program_id(1) * BLOCK_M
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, n = tile_of(C_HIDDEN, BLOCK_M, BLOCK_N)
     local = tl.arange(0, BLOCK_M)[:, None]
     keep = (start + local < rows) & (n < C_HIDDEN)[None, :]
     first = tl.cast(start, tl.int64)
-    dz = tl.load(dz_ptr + first * DZ_STRIDE + local * DZ_STRIDE + n[None, :], mask=keep, other=0.0)
-    z = tl.load(z_ptr + first * Z_STRIDE + local * Z_STRIDE + n[None, :], mask=keep, other=0.0)
+    dz = tl.load(dz_ptr + first * DZ_STEP + local * DZ_STEP + n[None, :], mask=keep, other=0.0)
+    z = tl.load(z_ptr + first * Z_STEP + local * Z_STEP + n[None, :], mask=keep, other=0.0)
     total = add_statistics(dz, z, dmean_ptr, dm2_ptr, mean_ptr, rows, n, C_HIDDEN)
     total_ptr += first * C_HIDDEN
     total = total.to(total_ptr.dtype.element_ty)
@@ -261,10 +312,11 @@ def du_kernel(
     du_ptr,
     dx_ptr,
     rows,
-    DZ_STRIDE: tl.constexpr,
-    Z_STRIDE: tl.constexpr,
-    DY_STRIDE: tl.constexpr,
-    DU_STRIDE: tl.constexpr,
+    DZ_STEP: tl.constexpr,
+    Z_STEP: tl.constexpr,
+    DY_STEP: tl.constexpr,
+    DU_STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
     C: tl.constexpr,
     C_PARTIAL: tl.constexpr,
     C_HIDDEN: tl.constexpr,
@@ -276,23 +328,23 @@ def du_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A tile of du: the first C_PARTIAL channels to ``du``, padded by zeros to DU_STRIDE, and all
-    of them plus dy to dx, where pconv_rows_kernel then replaces the first: a store that began at
+    """A tile of du: the first C_PARTIAL channels to ``du``, padded by zeros to DU_STEP, and all
+    of them plus dy to dx, where pconv_dx_kernel then replaces the first: a store that began at
     C_PARTIAL = 10 could not be wide."""
-    start = tl.program_id(1) * BLOCK_M
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, n = tile_of(COLUMNS, BLOCK_M, BLOCK_N)
     local = tl.arange(0, BLOCK_M)
     valid = (start + local < rows)[:, None]
     first = tl.cast(start, tl.int64)
-    dz_ptr += first * DZ_STRIDE
-    z_ptr += first * Z_STRIDE
+    dz_ptr += first * DZ_STEP
+    if STATS:
+        z_ptr += first * Z_STEP
     du = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, C_HIDDEN, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         keep = valid & (k < C_HIDDEN)[None, :]
-        g = tl.load(dz_ptr + local[:, None] * DZ_STRIDE + k[None, :], mask=keep, other=0.0)
+        g = tl.load(dz_ptr + local[:, None] * DZ_STEP + k[None, :], mask=keep, other=0.0)
         if STATS:
-            z = tl.load(z_ptr + local[:, None] * Z_STRIDE + k[None, :], mask=keep, other=0.0)
+            z = tl.load(z_ptr + local[:, None] * Z_STEP + k[None, :], mask=keep, other=0.0)
             g = add_statistics(g, z, dmean_ptr, dm2_ptr, mean_ptr, rows, k, C_HIDDEN)
         w = tl.load(
             w_ptr + k[:, None] * C + n[None, :],
@@ -300,18 +352,18 @@ def du_kernel(
             other=0.0,
         )
         du = tl.dot(g.to(w.dtype), w, du, input_precision=PRECISION)
-    du_ptr += first * DU_STRIDE
+    du_ptr += first * DU_STEP
     partial = tl.where((n < C_PARTIAL)[None, :], du, 0.0).to(du_ptr.dtype.element_ty)
     tl.store(
-        du_ptr + local[:, None] * DU_STRIDE + n[None, :],
+        du_ptr + local[:, None] * DU_STEP + n[None, :],
         partial,
-        mask=valid & (n < DU_STRIDE)[None, :],
+        mask=valid & (n < DU_STEP)[None, :],
     )
     if NEED_X:
         keep = valid & (n < C)[None, :]
         if HAS_DY:
-            dy_ptr += first * DY_STRIDE
-            dy = tl.load(dy_ptr + local[:, None] * DY_STRIDE + n[None, :], mask=keep, other=0.0)
+            dy_ptr += first * DY_STEP
+            dy = tl.load(dy_ptr + local[:, None] * DY_STEP + n[None, :], mask=keep, other=0.0)
             du += dy.to(tl.float32)
         dx_ptr += first * C
         du = du.to(dx_ptr.dtype.element_ty)
@@ -341,15 +393,14 @@ def weight_gradient_kernel(
     tiles_per_program,
     N: tl.constexpr,
     K: tl.constexpr,
-    G_STRIDE: tl.constexpr,
-    Z_STRIDE: tl.constexpr,
-    A_STRIDE: tl.constexpr,
-    U_STRIDE: tl.constexpr,
+    G_STEP: tl.constexpr,
+    Z_STEP: tl.constexpr,
+    A_STEP: tl.constexpr,
+    U_STEP: tl.constexpr,
     STATS: tl.constexpr,
     HAS_SAMPLE: tl.constexpr,
     OPERAND: tl.constexpr,
     ACT: tl.constexpr,
-    C_PARTIAL: tl.constexpr,
     CHANNELS: tl.constexpr,
     KERNEL_HEIGHT: tl.constexpr,
     KERNEL_WIDTH: tl.constexpr,
@@ -363,9 +414,10 @@ def weight_gradient_kernel(
     """The part of g' a that tiles_per_program tiles of pixels give to one tile of (N, K).
 
     g is (M, N): total if STATS, times a scale of each image if HAS_SAMPLE. a is (M, K), by OPERAND:
-    "act", act(bn(a)) of z at ``a_ptr``; "pconv", C_PARTIAL channels of u and the others of x at
-    ``a_ptr``; "taps", the pixels around each one, k = tap * CHANNELS + channel; "patches", those of
-    its patch, likewise, and then the rows of g are those of the smaller image.
+    "act", act(bn(z)), z at ``a_ptr``; "pconv", the channels of u, as many as it has, then those of
+    x at ``a_ptr``; "taps", the pixels around each one, k = tap * CHANNELS + channel; "patches", the
+    pixels of its patch, likewise, the rows of g being those of the smaller image.
+    Grid: (blocks of K, blocks of N, programs).
     """
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -384,11 +436,11 @@ def weight_gradient_kernel(
 
         keep = valid & (n < N)[None, :]
         g = tl.load(
-            g_ptr + begin * G_STRIDE + local[:, None] * G_STRIDE + n[None, :], mask=keep, other=0.0
+            g_ptr + begin * G_STEP + local[:, None] * G_STEP + n[None, :], mask=keep, other=0.0
         )
         if STATS:
             z = tl.load(
-                z_ptr + begin * Z_STRIDE + local[:, None] * Z_STRIDE + n[None, :],
+                z_ptr + begin * Z_STEP + local[:, None] * Z_STEP + n[None, :],
                 mask=keep,
                 other=0.0,
             )
@@ -401,7 +453,7 @@ def weight_gradient_kernel(
         keep = valid & (k < K)[None, :]
         if OPERAND == "act":
             a = tl.load(
-                a_ptr + begin * A_STRIDE + local[:, None] * A_STRIDE + k[None, :],
+                a_ptr + begin * A_STEP + local[:, None] * A_STEP + k[None, :],
                 mask=keep,
                 other=0.0,
             )
@@ -410,23 +462,23 @@ def weight_gradient_kernel(
             a = tl.where(keep, activation(t, ACT), 0.0)
         elif OPERAND == "pconv":
             u = tl.load(
-                u_ptr + begin * U_STRIDE + local[:, None] * U_STRIDE + k[None, :],
-                mask=valid & (k < U_STRIDE)[None, :],
+                u_ptr + begin * U_STEP + local[:, None] * U_STEP + k[None, :],
+                mask=valid & (k < U_STEP)[None, :],
                 other=0.0,
             )
             a = tl.load(
-                a_ptr + begin * A_STRIDE + local[:, None] * A_STRIDE + k[None, :],
+                a_ptr + begin * A_STEP + local[:, None] * A_STEP + k[None, :],
                 mask=keep,
                 other=0.0,
             )
-            a = tl.where((k < C_PARTIAL)[None, :], u.to(DTYPE), a.to(DTYPE))
+            a = tl.where((k < U_STEP)[None, :], u.to(DTYPE), a.to(DTYPE))
         elif OPERAND == "taps":
             column = (pixel % width)[:, None] + (right - 1)[None, :]
             row = ((pixel // width) % height)[:, None] + (down - 1)[None, :]
             keep &= (row >= 0) & (row < height) & (column >= 0) & (column < width)
             source = local[:, None] + ((down - 1) * width + right - 1)[None, :]
             a = tl.load(
-                a_ptr + begin * A_STRIDE + source * A_STRIDE + channel[None, :],
+                a_ptr + begin * A_STEP + source * A_STEP + channel[None, :],
                 mask=keep,
                 other=0.0,
             )
@@ -437,7 +489,7 @@ def weight_gradient_kernel(
             base = tl.cast(image, tl.int64) * (height * width) * CHANNELS
             source = (row * width + column)[:, None] + (down * width + right)[None, :]
             if CHANNELS_LAST:
-                source = source * A_STRIDE + channel[None, :]
+                source = source * A_STEP + channel[None, :]
             else:
                 source += (channel * (height * width))[None, :]
             a = tl.load(a_ptr + base[:, None] + source, mask=keep, other=0.0)
@@ -510,7 +562,7 @@ def patch_dx_kernel(
     CHANNELS: tl.constexpr,
     KERNEL_WIDTH: tl.constexpr,
     KERNEL_HEIGHT: tl.constexpr,
-    G_STRIDE: tl.constexpr,
+    G_STEP: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -518,17 +570,16 @@ def patch_dx_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """dx of a convolution of patches: each pixel of g gives the K = taps * channels of its own."""
-    start = tl.program_id(1) * BLOCK_M
+    start, k = tile_of(K, BLOCK_M, BLOCK_K)
     local = tl.arange(0, BLOCK_M)
-    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     pixel = start + local
     valid = (pixel < rows)[:, None]
-    g_ptr += tl.cast(start, tl.int64) * G_STRIDE
+    g_ptr += tl.cast(start, tl.int64) * G_STEP
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         g = tl.load(
-            g_ptr + local[:, None] * G_STRIDE + n[None, :],
+            g_ptr + local[:, None] * G_STEP + n[None, :],
             mask=valid & (n < N)[None, :],
             other=0.0,
         )
@@ -573,7 +624,6 @@ def _weight_gradient(
     factor: Tensor | None = None,
     need_factor: bool = False,
     u: Tensor | None = None,
-    c_partial: int = 0,
     bn: tuple[Tensor, Tensor, Tensor] = (None, None, None),
     act: str = "identity",
     statistics: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
@@ -583,7 +633,7 @@ def _weight_gradient(
 
     Args:
         g: the gradient of the convolution's output, further channels allowed, times ``factor``.
-        a, operand, u, c_partial, bn, act: the convolution's input, see weight_gradient_kernel.
+        a, operand, u, bn, act: the convolution's input, see weight_gradient_kernel.
         weight: PyTorch's; the result has its shape and dtype.
         factor: (C_out) that multiplied the convolution's output, or None.
         statistics: (z, dmean, dm2, mean) that g is completed by, or None.
@@ -605,10 +655,10 @@ def _weight_gradient(
         z, z_step = pixels(z)
         dmean, dm2, mean = vectors(dmean, dm2, mean)
     bn = vectors(*bn)
-    rows, block_m = rows_of(g), 64
-    block_n, block_k = block(n, 128), block(k, 128)
+    rows, (block_m, most) = rows_of(g), WEIGHT_TILES[precision(weight.dtype)]
+    block_n, block_k = block(n, most), block(k, most)
     blocks = cdiv(n, block_n), cdiv(k, block_k)
-    programs, tiles = persistent(g, rows, block_m, 2 * blocks[0] * blocks[1], least=8)
+    programs, of_each = persistent(g, rows, block_m, 2 * blocks[0] * blocks[1], least=8)
     partial = g.new_empty((programs, n, k), dtype=torch.float32)
     launch(
         weight_gradient_kernel,
@@ -631,18 +681,17 @@ def _weight_gradient(
         width=a.shape[3],
         out_height=g.shape[2],
         out_width=g.shape[3],
-        tiles_per_program=tiles,
+        tiles_per_program=of_each,
         N=n,
         K=k,
-        G_STRIDE=g_step,
-        Z_STRIDE=z_step if statistics else 0,
-        A_STRIDE=a_step,
-        U_STRIDE=0 if u is None else u.shape[1],
+        G_STEP=g_step,
+        Z_STEP=z_step if statistics else 0,
+        A_STEP=a_step,
+        U_STEP=0 if u is None else u.shape[1],
         STATS=statistics is not None,
         HAS_SAMPLE=sample is not None,
         OPERAND=operand,
         ACT=act,
-        C_PARTIAL=c_partial,
         CHANNELS=channels,
         KERNEL_HEIGHT=kernel_height,
         KERNEL_WIDTH=kernel_width,
@@ -702,9 +751,9 @@ def _dz(
     mean, scale, shift, layer, sample = vectors(mean, scale, shift, layer, sample)
     c, c_hidden, rows = grad.shape[1], z.shape[1], rows_of(z)
     project = w_pw2 is not None
-    block_m, block_n, block_k = 128 if project else 64, block(c_hidden, 128), block(c, 32)
-    blocks = cdiv(c_hidden, block_n)
-    programs, tiles = persistent(z, rows, block_m, blocks)
+    tile = tiles(c_hidden, c, z.dtype)
+    blocks = cdiv(c_hidden, tile["BLOCK_N"])
+    programs, of_each = persistent(z, rows, tile["BLOCK_M"], blocks)
     dz = empty_image(z, c_hidden, z.dtype) if need_z else None
     partial = z.new_empty((programs, 2, c_hidden), dtype=torch.float32) if need_sums else None
     products = z.new_empty((blocks, rows), dtype=torch.float32) if need_sample else None
@@ -724,9 +773,9 @@ def _dz(
         dsample_ptr=products,
         rows=rows,
         image_pixels=z.shape[2] * z.shape[3],
-        tiles_per_program=tiles,
-        GRAD_STRIDE=grad_step,
-        Z_STRIDE=z_step,
+        tiles_per_program=of_each,
+        GRAD_STEP=grad_step,
+        Z_STEP=z_step,
         C=c,
         C_HIDDEN=c_hidden,
         ACT=act,
@@ -737,11 +786,7 @@ def _dz(
         NEED_SUMS=need_sums,
         NEED_SAMPLE=need_sample,
         PRECISION=dot_precision(z.dtype),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=8,
-        num_stages=3,
+        **tile,
     )
     sums = z.new_empty((2, c_hidden), dtype=torch.float32) if need_sums else None
     if need_sums:
@@ -761,9 +806,39 @@ def _dz(
     return dz, sums, of_images
 
 
-def _transposed_taps(weight: Tensor) -> Tensor:
-    """(3, 3, output, input) turned round: pconv_rows with these is the transposed convolution."""
-    return weight.flip(2, 3).permute(2, 3, 0, 1).contiguous()
+def _pconv_dx(du: Tensor, weight: Tensor, dx: Tensor, dy: Tensor | None = None) -> None:
+    """Writes the first channels of ``dx``: the transposed convolution of du's, plus dy's."""
+    du, du_step = pixels(du)
+    dy, dy_step = (None, 0) if dy is None else pixels(dy)
+    c_partial, rows = weight.shape[0], rows_of(du)
+    taps = taps_of(weight.flip(2, 3).transpose(0, 1))
+    cfg = config("pconv", (c_partial, rows), weight.dtype, device(du))
+    block_m, block_n = cfg["BLOCK_M"], min(power_of_2(c_partial), cfg["BLOCK_N"])
+    launch(
+        pconv_dx_kernel,
+        (cdiv(c_partial, block_n) * cdiv(rows, block_m),),
+        du_ptr=du,
+        taps_ptr=taps,
+        dy_ptr=dy,
+        dx_ptr=dx,
+        rows=rows,
+        height=du.shape[2],
+        width=du.shape[3],
+        DU_STEP=du_step,
+        DY_STEP=dy_step,
+        DX_STEP=dx.shape[1],
+        TAP_STEP=taps.shape[2],
+        C=du.shape[1],
+        C_PARTIAL=c_partial,
+        HAS_DY=dy is not None,
+        VECTOR=vector(du.dtype),
+        PRECISION=dot_precision(weight.dtype),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=min(power_of_2(c_partial), cfg["BLOCK_K"]),
+        num_warps=cfg["num_warps"],
+        num_stages=cfg["num_stages"],
+    )
 
 
 def _pconv_pointwise_backward(
@@ -782,7 +857,7 @@ def _pconv_pointwise_backward(
     Args:
         dz: (B, C_hidden, H, W). statistics: (z, dmean, dm2, mean) that complete it, or None.
     """
-    image, _ = pixels(x)
+    image, image_step = pixels(x)
     dz, dz_step = pixels(dz)
     c, c_partial, c_hidden, rows = x.shape[1], w_partial.shape[0], w_pw.shape[0], rows_of(x)
     if statistics and c >= WIDE:
@@ -797,13 +872,13 @@ def _pconv_pointwise_backward(
             dy, dy_step = pixels(dy)
         else:
             dy = None
-        du = empty_image(x, training.round_up(c_partial, 8), w_pw.dtype)
+        du = empty_image(x, round_up(c_partial, 8), w_pw.dtype)
         dx = empty_image(x, c, x.dtype) if need_x else None
-        columns = c if need_x else min(c, du.shape[1])
-        block_m, block_n, block_k = 128, block(columns, 128), block(c_hidden, 32)
+        columns = max(c, du.shape[1]) if need_x else du.shape[1]
+        tile = tiles(columns, c_hidden, w_pw.dtype)
         launch(
             du_kernel,
-            (cdiv(max(columns, du.shape[1]), block_n), cdiv(rows, block_m)),
+            (cdiv(columns, tile["BLOCK_N"]) * cdiv(rows, tile["BLOCK_M"]),),
             dz_ptr=dz,
             z_ptr=z,
             dmean_ptr=dmean,
@@ -814,10 +889,11 @@ def _pconv_pointwise_backward(
             du_ptr=du,
             dx_ptr=dx,
             rows=rows,
-            DZ_STRIDE=dz_step,
-            Z_STRIDE=z_step if statistics else 0,
-            DY_STRIDE=0 if dy is None else dy_step,
-            DU_STRIDE=du.shape[1],
+            DZ_STEP=dz_step,
+            Z_STEP=z_step if statistics else 0,
+            DY_STEP=0 if dy is None else dy_step,
+            DU_STEP=du.shape[1],
+            COLUMNS=columns,
             C=c,
             C_PARTIAL=c_partial,
             C_HIDDEN=c_hidden,
@@ -825,22 +901,16 @@ def _pconv_pointwise_backward(
             HAS_DY=dy is not None,
             NEED_X=need_x,
             PRECISION=dot_precision(w_pw.dtype),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=8 if block_n > 64 else 4,
-            num_stages=3,
+            **tile,
         )
         if need_x:
-            pconv_rows(du, _transposed_taps(w_partial), du.shape[1], out=dx, add=dy)
+            _pconv_dx(du, w_partial, dx, dy)
             dx = in_format_of(dx, x)
         if need_partial:
             dw_partial, _ = _weight_gradient(du, image, w_partial, "taps")
     if need_pw:
-        u = pconv_partial(image, w_partial)
-        dw_pw, _ = _weight_gradient(
-            dz, image, w_pw, "pconv", u=u, c_partial=c_partial, statistics=statistics
-        )
+        u = convolved_head(image, image_step, w_partial)
+        dw_pw, _ = _weight_gradient(dz, image, w_pw, "pconv", u=u, statistics=statistics)
     return dx, dw_partial, dw_pw
 
 
@@ -851,7 +921,7 @@ def _total(dz, z, dmean, dm2, mean, dtype: torch.dtype) -> Tensor:
     total = empty_image(z, c, dtype)
     launch(
         total_kernel,
-        (cdiv(c, block_n), cdiv(rows, block_m)),
+        (cdiv(c, block_n) * cdiv(rows, block_m),),
         dz_ptr=dz,
         z_ptr=z,
         dmean_ptr=dmean,
@@ -859,8 +929,8 @@ def _total(dz, z, dmean, dm2, mean, dtype: torch.dtype) -> Tensor:
         mean_ptr=mean,
         total_ptr=total,
         rows=rows,
-        DZ_STRIDE=dz_step,
-        Z_STRIDE=z_step,
+        DZ_STEP=dz_step,
+        Z_STEP=z_step,
         C_HIDDEN=c,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
@@ -881,8 +951,7 @@ def pconv3x3_backward(grad, x_partial, weight, output_mask):
     dx = dw = None
     if need_x:
         dx = empty_image(grad, grad.shape[1], grad.dtype).copy_(grad)
-        readable = min(training.round_up(c_partial, 8), grad.shape[1])
-        pconv_rows(grad, _transposed_taps(weight), readable, out=dx)
+        _pconv_dx(grad, weight, dx)
         dx = in_format_of(dx, grad)
     if need_weight:
         dw, _ = _weight_gradient(grad[:, :c_partial], x_partial, weight, "taps")
@@ -1099,12 +1168,12 @@ def patch_conv_backward(
         if height % kernel_height or width % kernel_width:
             dx.zero_()
         k = c * kernel_height * kernel_width
-        rows, block_m = rows_of(g), 128
-        block_n, block_k = block(n, 32), block(k, 128)
+        rows, tile = rows_of(g), tiles(k, n, weight.dtype)
+        block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_K"], tile["BLOCK_N"]
         (scales,) = vectors(scale)
         launch(
             patch_dx_kernel,
-            (cdiv(k, block_k), cdiv(rows, block_m)),
+            (cdiv(k, block_k) * cdiv(rows, block_m),),
             g_ptr=g,
             w_ptr=weight.permute(0, 2, 3, 1).contiguous(),
             scale_ptr=scales,
@@ -1119,14 +1188,14 @@ def patch_conv_backward(
             CHANNELS=c,
             KERNEL_WIDTH=kernel_width,
             KERNEL_HEIGHT=kernel_height,
-            G_STRIDE=g_step,
+            G_STEP=g_step,
             HAS_SCALE=scale is not None,
             PRECISION=dot_precision(weight.dtype),
             BLOCK_M=block_m,
             BLOCK_N=block_n,
             BLOCK_K=block_k,
-            num_warps=8,
-            num_stages=3,
+            num_warps=tile["num_warps"],
+            num_stages=tile["num_stages"],
         )
         dx = in_format_of(dx, x)
     if need_weight or need_scale:

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from .block import weight_tile
 from .common import (
     activation,
     cdiv,
@@ -39,9 +40,16 @@ from .common import (
     launch,
     pixels,
     power_of_2,
+    precision,
+    round_up,
+    vector,
 )
+from .pconv import convolve, convolve_into, place, taps_of
 
 PROGRAMS = 4  # for each multiprocessor, of a grid that walks over pixels
+# Most rows, columns and depth of a product's tile. Three stages of operands at 16 bits take 60 KB,
+# so they fit on consumer GPUs as well, which have 99 KB for a program.
+TILES = {"16": (128, 128, 32), "tf32": (128, 64, 32), "fp32": (64, 64, 16)}
 # In the interpreter one tile holds all columns: its time goes by the operation, not by the element.
 ALL_COLUMNS = triton.knobs.runtime.interpret
 
@@ -55,157 +63,57 @@ def block(size: int, most: int) -> int:
     if ALL_COLUMNS:
         return power_of_2(size)
     wide = min(most, power_of_2(size))
-    return wide // 2 if wide == most and cdiv(size, wide // 2) % 2 == 1 and size > wide else wide
+    return wide // 2 if size > wide and cdiv(size, wide // 2) % 2 == 1 else wide
+
+
+def tiles(n: int, k: int, dtype: torch.dtype) -> dict:
+    """The tile of a product (rows, k) x (k, n), as arguments of a launch."""
+    block_m, block_n, block_k = TILES[precision(dtype)]
+    block_n = block(n, block_n)
+    return {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "BLOCK_K": block(k, block_k),
+        "num_warps": 8 if block_n > 64 else 4,
+        "num_stages": 3,
+    }
 
 
 def persistent(t: Tensor, rows: int, block_m: int, others: int, least: int = 1) -> tuple[int, int]:
     """(programs, tiles of each, at least ``least``) that walk ``rows`` rows, beside ``others``
     programs on the same rows. It depends on shapes and the kind of device alone, so the order of
     every sum does."""
-    tiles = cdiv(rows, block_m)
-    per_program = cdiv(tiles, max(1, PROGRAMS * device(t).multiprocessors // others))
-    per_program = max(per_program, min(tiles, least))
-    return cdiv(tiles, per_program), per_program
+    count = cdiv(rows, block_m)
+    per_program = cdiv(count, max(1, PROGRAMS * device(t).multiprocessors // others))
+    per_program = max(per_program, min(count, least))
+    return cdiv(count, per_program), per_program
 
 
 def rows_of(t: Tensor) -> int:
     return t.shape[0] * t.shape[2] * t.shape[3]
 
 
-def round_up(n: int, multiple: int) -> int:
-    return cdiv(n, multiple) * multiple
-
-
 def vectors(*ts: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in ts]
-
-
-def tap_weights(weight: Tensor) -> Tensor:
-    """(3, 3, input, output) of a 3x3 weight, for :func:`pconv_rows`."""
-    return weight.permute(2, 3, 1, 0).contiguous()
 
 
 # ---- Kernels -------------------------------------------------------------------------------------
 
 
 @triton.jit
-def pconv_tile(
-    x_ptr,
-    w_ptr,
-    start,
-    n,
-    rows,
-    height,
-    width,
-    X_STRIDE: tl.constexpr,
-    READABLE: tl.constexpr,
-    C_PARTIAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The 3x3 convolution of BLOCK_M pixels from ``start``, its output channels ``n``, in float32.
-
-    Of each pixel the first READABLE channels may be read, C_PARTIAL of them count: C_PARTIAL = 10
-    would be read two at a time, and 16 with 6 masked are read eight at a time. The nine taps are
-    unrolled: Triton has miscompiled a loop over them.
-    """
-    local = tl.arange(0, BLOCK_M)
-    pixel = start + local
-    column = pixel % width
-    row = (pixel // width) % height
-    x_ptr += tl.cast(start, tl.int64) * X_STRIDE
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for tap in tl.static_range(9):
-        down: tl.constexpr = tap // 3 - 1
-        right: tl.constexpr = tap % 3 - 1
-        inside = (
-            (pixel < rows)
-            & (row + down >= 0)
-            & (row + down < height)
-            & (column + right >= 0)
-            & (column + right < width)
-        )
-        source = (local + down * width + right) * X_STRIDE
-        for k0 in range(0, C_PARTIAL, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            x = tl.load(
-                x_ptr + source[:, None] + k[None, :],
-                mask=inside[:, None] & (k < READABLE)[None, :],
-                other=0.0,
-            )
-            if READABLE > C_PARTIAL:
-                x = tl.where((k < C_PARTIAL)[None, :], x, 0.0)
-            w = tl.load(
-                w_ptr + (tap * C_PARTIAL + k)[:, None] * C_PARTIAL + n[None, :],
-                mask=(k < C_PARTIAL)[:, None] & (n < C_PARTIAL)[None, :],
-                other=0.0,
-            )
-            acc = tl.dot(x.to(w.dtype), w, acc, input_precision=PRECISION)
-    return acc
-
-
-@triton.jit
-def pconv_rows_kernel(
-    x_ptr,
-    w_ptr,
-    add_ptr,
-    y_ptr,
-    rows,
-    height,
-    width,
-    X_STRIDE: tl.constexpr,
-    READABLE: tl.constexpr,
-    ADD_STRIDE: tl.constexpr,
-    Y_STRIDE: tl.constexpr,
-    Y_COLUMNS: tl.constexpr,
-    C_PARTIAL: tl.constexpr,
-    HAS_ADD: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """The convolved channels alone, plus ``add`` where it is there; columns from C_PARTIAL to
-    Y_COLUMNS are zero."""
-    start = tl.program_id(1) * BLOCK_M
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = pconv_tile(
-        x_ptr,
-        w_ptr,
-        start,
-        n,
-        rows,
-        height,
-        width,
-        X_STRIDE,
-        READABLE,
-        C_PARTIAL,
-        PRECISION,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_K,
-    )
-    local = tl.arange(0, BLOCK_M)[:, None]
-    keep = (start + local < rows) & (n < Y_COLUMNS)[None, :]
-    first = tl.cast(start, tl.int64)
-    if HAS_ADD:
-        add_ptr += first * ADD_STRIDE
-        acc += tl.load(add_ptr + local * ADD_STRIDE + n[None, :], mask=keep, other=0.0).to(
-            tl.float32
-        )
-    if Y_COLUMNS > C_PARTIAL:
-        acc = tl.where((n < C_PARTIAL)[None, :], acc, 0.0)
-    y_ptr += first * Y_STRIDE
-    tl.store(y_ptr + local * Y_STRIDE + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=keep)
+def tile_of(N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(first row, columns) of this program's tile: those of the same rows run side by side, on one
+    axis of the grid because the others end at 65535."""
+    blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0)
+    return tile // blocks * BLOCK_M, tile % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
 def pw_stats_kernel(
     x_ptr,
     u_ptr,
-    w_partial_ptr,
+    taps_ptr,
     w_ptr,
     z_ptr,
     partial_ptr,
@@ -213,14 +121,15 @@ def pw_stats_kernel(
     height,
     width,
     tiles_per_program,
-    X_STRIDE: tl.constexpr,
-    READABLE: tl.constexpr,
-    U_STRIDE: tl.constexpr,
+    X_STEP: tl.constexpr,
+    TAP_STEP: tl.constexpr,
     C: tl.constexpr,
     C_PARTIAL: tl.constexpr,
     C_OUT: tl.constexpr,
+    HEAD: tl.constexpr,
     FUSED: tl.constexpr,
     STATS: tl.constexpr,
+    VECTOR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -229,86 +138,71 @@ def pw_stats_kernel(
 ):
     """z of tiles_per_program tiles of pixels and one block of outputs, and their (mean, m2).
 
-    K has two segments, the convolved channels (made here if FUSED, else read from ``u``) and those
-    of x from C_PARTIAL on: nothing is concatenated.
+    K has two segments, the first HEAD channels of u (made here if FUSED, else read) and those of x
+    from there on: nothing is concatenated. Grid: (blocks of outputs, programs).
     """
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     local = tl.arange(0, BLOCK_M)
     dtype = w_ptr.dtype.element_ty
-    w_ptr += n[None, :] * C
     mean = tl.zeros((BLOCK_N,), tl.float32)
     m2 = tl.zeros((BLOCK_N,), tl.float32)
     first = tl.program_id(1) * tiles_per_program
     for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(rows, BLOCK_M))):
-        start = tile * BLOCK_M
-        valid = (start + local < rows)[:, None]
+        start = tl.cast(tile, tl.int64) * BLOCK_M
+        inside = local < rows - start
+        x_tile = x_ptr + start * X_STEP
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if FUSED:
-            p = tl.arange(0, BLOCK_P)
-            u = pconv_tile(
-                x_ptr,
-                w_partial_ptr,
-                start,
-                p,
-                rows,
-                height,
-                width,
-                X_STRIDE,
-                READABLE,
-                C_PARTIAL,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_P,
-                BLOCK_P,
-            )
-            u = tl.where((p < C_PARTIAL)[None, :], u, 0.0)
-            w = tl.load(
-                w_ptr + p[:, None], mask=(p < C_PARTIAL)[:, None] & (n < C_OUT)[None, :], other=0.0
-            )
-            acc = tl.dot(u.to(dtype), w, acc, input_precision=PRECISION)
+            row, column = place(start, local, height, width)
+            k = tl.arange(0, BLOCK_P)
+            u = convolve(
+                x_tile, taps_ptr, local, inside, row, column, k, height, width, C, C_PARTIAL,
+                X_STEP, TAP_STEP, BLOCK_M, BLOCK_P, BLOCK_P, VECTOR, PRECISION,
+            ).to(dtype)  # fmt: skip
+            if BLOCK_P > C_PARTIAL:
+                x = tl.load(
+                    x_tile + local[:, None] * X_STEP + k[None, :],
+                    mask=inside[:, None] & (k < C)[None, :],
+                    other=0.0,
+                )
+                u = tl.where((k < C_PARTIAL)[None, :], u, x.to(dtype))
+            w = weight_tile(w_ptr, n, k, C_OUT, C, C)
+            acc = tl.dot(u, w, acc, input_precision=PRECISION)
         else:
-            u_tile = u_ptr + tl.cast(start, tl.int64) * U_STRIDE
-            for k0 in range(0, C_PARTIAL, BLOCK_K):
+            u_tile = u_ptr + start * HEAD
+            for k0 in range(0, HEAD, BLOCK_K):
                 k = k0 + tl.arange(0, BLOCK_K)
                 u = tl.load(
-                    u_tile + local[:, None] * U_STRIDE + k[None, :],
-                    mask=valid & (k < U_STRIDE)[None, :],
+                    u_tile + local[:, None] * HEAD + k[None, :],
+                    mask=inside[:, None] & (k < HEAD)[None, :],
                     other=0.0,
                 )
-                w = tl.load(
-                    w_ptr + k[:, None],
-                    mask=(k < C_PARTIAL)[:, None] & (n < C_OUT)[None, :],
-                    other=0.0,
-                )
-                acc = tl.dot(u.to(dtype), w, acc, input_precision=PRECISION)
-        x_tile = x_ptr + tl.cast(start, tl.int64) * X_STRIDE
-        for k0 in range(C_PARTIAL // 16 * 16, C, BLOCK_K):
+                w = weight_tile(w_ptr, n, k, C_OUT, HEAD, C)
+                acc = tl.dot(u, w, acc, input_precision=PRECISION)
+        for k0 in range(HEAD, C, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             x = tl.load(
-                x_tile + local[:, None] * X_STRIDE + k[None, :],
-                mask=valid & (k < C)[None, :],
+                x_tile + local[:, None] * X_STEP + k[None, :],
+                mask=inside[:, None] & (k < C)[None, :],
                 other=0.0,
             )
-            if C_PARTIAL % 16 != 0:
-                x = tl.where((k >= C_PARTIAL)[None, :], x, 0.0)
-            w = tl.load(
-                w_ptr + k[:, None],
-                mask=((k >= C_PARTIAL) & (k < C))[:, None] & (n < C_OUT)[None, :],
-                other=0.0,
-            )
+            w = weight_tile(w_ptr, n, k, C_OUT, C, C)
             acc = tl.dot(x.to(dtype), w, acc, input_precision=PRECISION)
 
         z = acc.to(z_ptr.dtype.element_ty)
-        z_tile = z_ptr + tl.cast(start, tl.int64) * C_OUT
-        tl.store(z_tile + local[:, None] * C_OUT + n[None, :], z, mask=valid & (n < C_OUT)[None, :])
+        tl.store(
+            z_ptr + start * C_OUT + local[:, None] * C_OUT + n[None, :],
+            z,
+            mask=inside[:, None] & (n < C_OUT)[None, :],
+        )
         if STATS:
             stored = z.to(tl.float32)
             count = tl.minimum(rows - start, BLOCK_M).to(tl.float32)
-            about = tl.sum(tl.where(valid, stored, 0.0), 0) / count
-            deviation = tl.where(valid, stored - about[None, :], 0.0)
+            about = tl.sum(tl.where(inside[:, None], stored, 0.0), 0) / count
+            deviation = tl.where(inside[:, None], stored - about[None, :], 0.0)
             rest = tl.sum(deviation, 0) / count
             delta = about + rest - mean
-            before = (start - first * BLOCK_M).to(tl.float32)
+            before = ((tile - first) * BLOCK_M).to(tl.float32)
             share = count / (before + count)
             m2 += tl.sum(deviation * deviation, 0) - rest * rest * count
             m2 += delta * delta * before * share
@@ -384,19 +278,18 @@ def bn_act_kernel(
     shift_ptr,
     a_ptr,
     rows,
-    Z_STRIDE: tl.constexpr,
+    Z_STEP: tl.constexpr,
     C: tl.constexpr,
     ACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    start = tl.program_id(1) * BLOCK_M
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, n = tile_of(C, BLOCK_M, BLOCK_N)
     local = tl.arange(0, BLOCK_M)[:, None]
     keep = (start + local < rows) & (n < C)[None, :]
     first = tl.cast(start, tl.int64)
     mean, scale, shift = load_vectors(mean_ptr, scale_ptr, shift_ptr, n, C)
-    z = tl.load(z_ptr + first * Z_STRIDE + local * Z_STRIDE + n[None, :], mask=keep, other=0.0)
+    z = tl.load(z_ptr + first * Z_STEP + local * Z_STEP + n[None, :], mask=keep, other=0.0)
     _, t = normalise(z, mean, scale, shift)
     a = activation(t, ACT).to(a_ptr.dtype.element_ty)
     tl.store(a_ptr + first * C + local * C + n[None, :], a, mask=keep)
@@ -415,8 +308,8 @@ def act_pw_residual_kernel(
     y_ptr,
     rows,
     image_pixels,
-    X_STRIDE: tl.constexpr,
-    Z_STRIDE: tl.constexpr,
+    X_STEP: tl.constexpr,
+    Z_STEP: tl.constexpr,
     C: tl.constexpr,
     C_HIDDEN: tl.constexpr,
     ACT: tl.constexpr,
@@ -428,27 +321,22 @@ def act_pw_residual_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """A tile of y: the activation is made of z on its way to the tensor cores."""
-    start = tl.program_id(1) * BLOCK_M
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    start, n = tile_of(C, BLOCK_M, BLOCK_N)
     local = tl.arange(0, BLOCK_M)
     valid = (start + local < rows)[:, None]
     first = tl.cast(start, tl.int64)
-    z_ptr += first * Z_STRIDE
+    z_ptr += first * Z_STEP
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, C_HIDDEN, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         z = tl.load(
-            z_ptr + local[:, None] * Z_STRIDE + k[None, :],
+            z_ptr + local[:, None] * Z_STEP + k[None, :],
             mask=valid & (k < C_HIDDEN)[None, :],
             other=0.0,
         )
         mean, scale, shift = load_vectors(mean_ptr, scale_ptr, shift_ptr, k, C_HIDDEN)
         _, t = normalise(z, mean, scale, shift)
-        w = tl.load(
-            w_ptr + n[None, :] * C_HIDDEN + k[:, None],
-            mask=(k < C_HIDDEN)[:, None] & (n < C)[None, :],
-            other=0.0,
-        )
+        w = weight_tile(w_ptr, n, k, C, C_HIDDEN, C_HIDDEN)
         acc = tl.dot(activation(t, ACT).to(w.dtype), w, acc, input_precision=PRECISION)
     if HAS_LAYER:
         acc *= tl.load(layer_ptr + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
@@ -457,9 +345,7 @@ def act_pw_residual_kernel(
         scale = tl.load(sample_ptr + sample, mask=start + local < rows, other=0.0)
         acc *= scale.to(tl.float32)[:, None]
     keep = valid & (n < C)[None, :]
-    x = tl.load(
-        x_ptr + first * X_STRIDE + local[:, None] * X_STRIDE + n[None, :], mask=keep, other=0.0
-    )
+    x = tl.load(x_ptr + first * X_STEP + local[:, None] * X_STEP + n[None, :], mask=keep, other=0.0)
     y = (x.to(tl.float32) + acc).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + first * C + local[:, None] * C + n[None, :], y, mask=keep)
 
@@ -467,108 +353,56 @@ def act_pw_residual_kernel(
 # ---- Launchers -----------------------------------------------------------------------------------
 
 
-def pconv_rows(
-    x: Tensor,
-    taps: Tensor,
-    readable: int,
-    out: Tensor | None = None,
-    add: Tensor | None = None,
-) -> Tensor:
-    """The 3x3 convolution of x's first channels, the only ones of the result.
-
-    Args:
-        x: an image; its channels from C_partial on do not matter.
-        taps: (3, 3, C_partial, C_partial), kernel position, input, output.
-        readable: how many channels of a pixel may be read.
-        out: a channels_last image whose further channels stay as they are. None: a new one, the
-            channels rounded up to a multiple of 8, the further ones zero.
-        add: an image that is added, or None.
-    """
-    if add is not None:
-        add, add_step = pixels(add)
-    c_partial = taps.shape[2]
-    columns = c_partial
-    if out is None:
-        columns = round_up(c_partial, 8)
-        out = empty_image(x, columns, taps.dtype)
-    x, x_step = pixels(x)
-    rows, block_m = rows_of(x), 128
-    block_n, block_k = block(columns, 128), block(c_partial, 64)
-    launch(
-        pconv_rows_kernel,
-        (cdiv(columns, block_n), cdiv(rows, block_m)),
-        x_ptr=x,
-        w_ptr=taps,
-        add_ptr=add,
-        y_ptr=out,
-        rows=rows,
-        height=x.shape[2],
-        width=x.shape[3],
-        X_STRIDE=x_step,
-        READABLE=readable,
-        ADD_STRIDE=0 if add is None else add_step,
-        Y_STRIDE=pixels(out)[1],
-        Y_COLUMNS=columns,
-        C_PARTIAL=c_partial,
-        HAS_ADD=add is not None,
-        PRECISION=dot_precision(taps.dtype),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=8 if block_n > 64 else 4,
-        num_stages=3,
-    )
-    return out
-
-
-def pconv_partial(x: Tensor, w_partial: Tensor) -> Tensor:
-    """The convolved channels of ``x`` in the weight's dtype, padded by zeros to a multiple of 8."""
-    readable = min(round_up(w_partial.shape[0], 8), x.shape[1])
-    return pconv_rows(x, tap_weights(w_partial), readable)
+def convolved_head(x: Tensor, step: int, w_partial: Tensor) -> Tensor:
+    """The first channels of pconv3x3(x) in the weight's dtype: the convolved ones, and x's up to a
+    multiple of 16, so that what follows reads both at addresses fit for wide loads."""
+    channels = min(x.shape[1], round_up(w_partial.shape[0], 16))
+    u = empty_image(x, channels, w_partial.dtype)
+    convolve_into(u, x, step, taps_of(w_partial))
+    return u
 
 
 def pconv_pointwise(
     x: Tensor, w_partial: Tensor, w_pw: Tensor, stats: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(z, mean, m2) with z channels_last; without ``stats`` z alone, of the same bits."""
-    x, x_step = pixels(x)
-    c, c_partial, c_out = x.shape[1], w_partial.shape[0], w_pw.shape[0]
-    rows, block_m = rows_of(x), 128
-    block_n, block_k, block_p = block(c_out, 128), block(c, 32), block(c_partial, 64)
-    blocks = cdiv(c_out, block_n)
+    x, step = pixels(x)
+    c, c_partial, c_out, dtype = x.shape[1], w_partial.shape[0], w_pw.shape[0], w_pw.dtype
+    rows = rows_of(x)
+    tile = tiles(c_out, c, dtype)
+    blocks = cdiv(c_out, tile["BLOCK_N"])
     fused = c_out <= 256 and c_partial <= 64
-    u = None if fused else pconv_partial(x, w_partial)
-    programs, tiles = persistent(x, rows, block_m, blocks)
-    z = empty_image(x, c_out, w_pw.dtype)
+    block_p = power_of_2(c_partial)
+    u = None if fused else convolved_head(x, step, w_partial)
+    taps = taps_of(w_partial) if fused else None
+    programs, of_each = persistent(x, rows, tile["BLOCK_M"], blocks)
+    z = empty_image(x, c_out, dtype)
     partial = x.new_empty((programs, 2, c_out), dtype=torch.float32) if stats else None
     launch(
         pw_stats_kernel,
         (blocks, programs),
         x_ptr=x,
         u_ptr=u,
-        w_partial_ptr=tap_weights(w_partial) if fused else None,
+        taps_ptr=taps,
         w_ptr=w_pw.contiguous(),
         z_ptr=z,
         partial_ptr=partial,
         rows=rows,
         height=x.shape[2],
         width=x.shape[3],
-        tiles_per_program=tiles,
-        X_STRIDE=x_step,
-        READABLE=min(round_up(c_partial, 8), c),
-        U_STRIDE=0 if fused else u.shape[1],
+        tiles_per_program=of_each,
+        X_STEP=step,
+        TAP_STEP=taps.shape[2] if fused else 0,
         C=c,
         C_PARTIAL=c_partial,
         C_OUT=c_out,
+        HEAD=block_p if fused else u.shape[1],
         FUSED=fused,
         STATS=stats,
-        PRECISION=dot_precision(w_pw.dtype),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
+        VECTOR=vector(x.dtype),
+        PRECISION=dot_precision(dtype),
         BLOCK_P=block_p,
-        num_warps=8 if block_n > 64 else 4,
-        num_stages=3,
+        **tile,
     )
     if not stats:
         return z, None, None
@@ -581,7 +415,7 @@ def pconv_pointwise(
         m2_ptr=m2,
         programs=programs,
         rows=rows,
-        rows_per_program=tiles * block_m,
+        rows_per_program=of_each * tile["BLOCK_M"],
         C_OUT=c_out,
         BLOCK_S=64,
         BLOCK_N=16,
@@ -610,14 +444,14 @@ def bn_act(z: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, act: str) -> T
     rows, block_m, block_n = rows_of(z), 64, block(c, 128)
     launch(
         bn_act_kernel,
-        (cdiv(c, block_n), cdiv(rows, block_m)),
+        (cdiv(c, block_n) * cdiv(rows, block_m),),
         z_ptr=source,
         mean_ptr=mean,
         scale_ptr=scale,
         shift_ptr=shift,
         a_ptr=a,
         rows=rows,
-        Z_STRIDE=step,
+        Z_STEP=step,
         C=c,
         ACT=act,
         BLOCK_M=block_m,
@@ -648,11 +482,11 @@ def act_pw_residual(
     mean, scale, shift, layer, sample = vectors(mean, scale, shift, layer_scale, sample_scale)
     c, c_hidden = x.shape[1], z.shape[1]
     y = empty_image(x, c, torch.promote_types(x.dtype, z.dtype))
-    rows, block_m = rows_of(x), 128
-    block_n, block_k = block(c, 128), block(c_hidden, 32)
+    rows = rows_of(x)
+    tile = tiles(c, c_hidden, w_pw2.dtype)
     launch(
         act_pw_residual_kernel,
-        (cdiv(c, block_n), cdiv(rows, block_m)),
+        (cdiv(c, tile["BLOCK_N"]) * cdiv(rows, tile["BLOCK_M"]),),
         x_ptr=source,
         z_ptr=hidden,
         mean_ptr=mean,
@@ -664,19 +498,15 @@ def act_pw_residual(
         y_ptr=y,
         rows=rows,
         image_pixels=x.shape[2] * x.shape[3],
-        X_STRIDE=x_step,
-        Z_STRIDE=z_step,
+        X_STEP=x_step,
+        Z_STEP=z_step,
         C=c,
         C_HIDDEN=c_hidden,
         ACT=act,
         HAS_LAYER=layer is not None,
         HAS_SAMPLE=sample is not None,
         PRECISION=dot_precision(w_pw2.dtype),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=8 if block_n > 64 else 4,
-        num_stages=3,
+        **tile,
     )
     return in_format_of(y, x)
 
