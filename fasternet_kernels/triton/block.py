@@ -145,7 +145,9 @@ def add_residual(acc, x, layer_scale, samples, rows, n, mask, STEP: tl.constexpr
 
 @triton.jit
 def scales_of_samples(sample_scale, first, rows, inside, HW):
-    """The sample_scale of each pixel."""
+    """The sample_scale of each pixel, or None."""
+    if sample_scale is None:
+        return None
     sample = first // HW + ((first % HW).to(tl.int32) + rows) // HW
     return tl.load(sample_scale + sample, mask=inside, other=0.0).to(tl.float32)
 
@@ -255,9 +257,7 @@ def block_kernel(
             new = new + (tl.dot(a, w, acc[i], input_precision=PRECISION),)
         acc = new
 
-    samples = None
-    if sample_scale is not None:
-        samples = scales_of_samples(sample_scale, first, rows, inside, H * W)
+    samples = scales_of_samples(sample_scale, first, rows, inside, H * W)
     y += first * C
     for i in tl.static_range(len(N_WIDTHS)):
         n = piece_columns(N_WIDTHS, i)
@@ -326,9 +326,7 @@ def gemm_kernel(
     if x is None:
         acc = epilogue(acc, scale, shift, n, N, ACT)
     else:
-        samples = None
-        if sample_scale is not None:
-            samples = scales_of_samples(sample_scale, first, rows, inside, HW)
+        samples = scales_of_samples(sample_scale, first, rows, inside, HW)
         acc = add_residual(acc, x + first * STEP, layer_scale, samples, rows, n, mask, STEP, N)
     y += first * N
     tl.store(y + rows[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=mask)
