@@ -140,13 +140,14 @@ def calls(
     networks: tuple[str, ...] = tuple(NETWORKS),
     batches: tuple[int, ...] = (1, 32, 256),
     dtypes: tuple[str, ...] = tuple(DTYPES),
+    stages: tuple[int, ...] = tuple(range(1, STAGES + 1)),
 ) -> list[Call]:
-    """Every call of those ops at every stage of those networks; a head's at the last stage only."""
+    """Every call of those ops at those stages of those networks; a head's at the last stage only."""
     return [
         Call(op, network, stage, batch, dtype)
         for op in ops
         for network in networks
-        for stage in range(1, STAGES + 1)
+        for stage in stages
         if op != "head" or stage == STAGES
         for batch in batches
         for dtype in dtypes

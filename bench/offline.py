@@ -264,6 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def words(text: str) -> tuple[str, ...]:
         return tuple(text.split(","))
 
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(map(int, words(text)))
+
     def capabilities(text: str) -> tuple[tuple[int, int], ...]:
         return tuple((int(a), int(b)) for a, b in (word.split(".") for word in words(text)))
 
@@ -271,14 +274,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--networks", type=words, default=tuple(NETWORKS))
     parser.add_argument("--ops", type=words, default=INFERENCE + FORWARD + BACKWARD)
     parser.add_argument("--dtypes", type=words, default=tuple(DTYPES))
-    parser.add_argument("--batches", type=lambda s: tuple(map(int, words(s))), default=(1, 32, 256))
+    parser.add_argument("--batches", type=numbers, default=(1, 32, 256))
+    parser.add_argument("--stages", type=numbers, default=(1, 2, 3, 4))
     parser.add_argument("--workers", type=int)
     parser.add_argument("--json", type=Path, help="writes what was found in the binaries")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
 
-    todo = kernels(calls(args.ops, args.networks, args.batches, args.dtypes), args.capabilities)
+    wanted = calls(args.ops, args.networks, args.batches, args.dtypes, args.stages)
+    todo = kernels(wanted, args.capabilities)
     print(f"{len(todo)} kernels", flush=True)
     found = []
     for binary in binaries(todo, args.workers):
