@@ -84,15 +84,16 @@ def _old(index: int | None) -> bool:
     return True
 
 
-def serves(t: Tensor) -> bool:
-    """Whether calls with the tensor ``t`` on CUDA run in the Triton kernels, not the reference."""
-    return (
-        _library is not None and t.is_cuda and t.dtype != torch.float64 and not _old(t.device.index)
+def serves(*tensors: Tensor) -> bool:
+    """Whether calls with these tensors run in the Triton kernels, not in the reference."""
+    return _library is not None and all(
+        t.is_cuda and t.dtype != torch.float64 and not _old(t.device.index) for t in tensors
     )
 
 
-def _first(args) -> Tensor:
-    return args[0] if isinstance(args[0], Tensor) else args[0][0]
+def _tensors(args) -> list[Tensor]:
+    flat = (t for a in args for t in (a if isinstance(a, (list, tuple)) else (a,)))
+    return [t for t in flat if isinstance(t, Tensor)]
 
 
 def _dispatch(op: str) -> Callable:
@@ -104,7 +105,14 @@ def _dispatch(op: str) -> Callable:
         if torch.is_autocast_enabled("cuda"):
             with torch.autocast("cuda", enabled=False):
                 return run(*args, **kwargs)
-        return (kernel(op) if serves(_first(args)) else plain)(*args, **kwargs)
+        tensors = _tensors(args)
+        if serves(*tensors):
+            return kernel(op)(*args, **kwargs)
+        doubles = [t.dtype == torch.float64 for t in tensors]
+        if op in FAMILIES["packed"] and any(doubles) and not all(doubles):
+            # The reference would read a pack of the kernels as one of its own.
+            raise TypeError(f"{op} got float64 and other dtypes, expected one dtype")
+        return plain(*args, **kwargs)
 
     return run
 

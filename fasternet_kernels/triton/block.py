@@ -133,23 +133,29 @@ def epilogue(z, scale, shift, n, N: tl.constexpr, ACT: tl.constexpr):
 
 
 @triton.jit
-def add_residual(acc, x, layer_scale, samples, rows, n, mask, STEP: tl.constexpr, C: tl.constexpr):
-    """x + samples * layer_scale * acc in float32; ``samples`` and ``layer_scale`` may be None."""
+def add_residual(
+    acc,
+    x,
+    layer_scale,
+    sample_scale,
+    first,
+    rows,
+    inside,
+    n,
+    HW,
+    STEP: tl.constexpr,
+    C: tl.constexpr,
+):
+    """x + sample_scale * layer_scale * acc in float32 for the pixels first + rows, channels ``n``;
+    ``x`` points at the first, the scales may be None."""
     if layer_scale is not None:
         acc *= tl.load(layer_scale + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
-    if samples is not None:
-        acc *= samples[:, None]
+    if sample_scale is not None:
+        sample = first // HW + ((first % HW).to(tl.int32) + rows) // HW
+        acc *= tl.load(sample_scale + sample, mask=inside, other=0.0).to(tl.float32)[:, None]
+    mask = inside[:, None] & (n < C)[None, :]
     own = tl.load(x + rows[:, None] * STEP + n[None, :], mask=mask, other=0.0)
     return own.to(tl.float32) + acc
-
-
-@triton.jit
-def scales_of_samples(sample_scale, first, rows, inside, HW):
-    """The sample_scale of each pixel, or None."""
-    if sample_scale is None:
-        return None
-    sample = first // HW + ((first % HW).to(tl.int32) + rows) // HW
-    return tl.load(sample_scale + sample, mask=inside, other=0.0).to(tl.float32)
 
 
 # ---- Fused kernels -------------------------------------------------------------------------------
@@ -257,12 +263,13 @@ def block_kernel(
             new = new + (tl.dot(a, w, acc[i], input_precision=PRECISION),)
         acc = new
 
-    samples = scales_of_samples(sample_scale, first, rows, inside, H * W)
     y += first * C
     for i in tl.static_range(len(N_WIDTHS)):
         n = piece_columns(N_WIDTHS, i)
         mask = inside[:, None] & (n < C)[None, :]
-        result = add_residual(acc[i], x, layer_scale, samples, rows, n, mask, STEP, C)
+        result = add_residual(
+            acc[i], x, layer_scale, sample_scale, first, rows, inside, n, H * W, STEP, C
+        )
         tl.store(y + rows[:, None] * C + n[None, :], result.to(y.dtype.element_ty), mask=mask)
 
 
@@ -326,8 +333,9 @@ def gemm_kernel(
     if x is None:
         acc = epilogue(acc, scale, shift, n, N, ACT)
     else:
-        samples = scales_of_samples(sample_scale, first, rows, inside, HW)
-        acc = add_residual(acc, x + first * STEP, layer_scale, samples, rows, n, mask, STEP, N)
+        acc = add_residual(
+            acc, x + first * STEP, layer_scale, sample_scale, first, rows, inside, n, HW, STEP, N
+        )
     y += first * N
     tl.store(y + rows[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=mask)
 

@@ -119,18 +119,15 @@ def convolve(
     LIMIT: tl.constexpr = partial_limit(C, CP, VECTOR)
     dtype = taps.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in range(0, CP, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        for t in tl.static_range(9):
-            dy = t // 3 - 1
-            dx = t % 3 - 1
-            valid = inside & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0)
-            valid = valid & (column + dx < W)
-            v = tl.load(
-                x + (dy * W + dx) * STEP + rows[:, None] * STEP + k[None, :],
-                mask=valid[:, None] & (k < LIMIT)[None, :],
-                other=0.0,
-            ).to(dtype)
+    for t in tl.static_range(9):
+        dy = t // 3 - 1
+        dx = t % 3 - 1
+        valid = inside & (row + dy >= 0) & (row + dy < H) & (column + dx >= 0) & (column + dx < W)
+        source = x + (dy * W + dx) * STEP + rows[:, None] * STEP
+        for k0 in range(0, CP, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            mask = valid[:, None] & (k < LIMIT)[None, :]
+            v = tl.load(source + k[None, :], mask=mask, other=0.0).to(dtype)
             v = partial_columns(v, k, CP, VECTOR)
             w = tap_weights(taps, t, n, k, CP, TAP_STEP)
             acc = tl.dot(v, w, acc, input_precision=PRECISION)
@@ -330,36 +327,32 @@ def in_place_kernel(
     own = (r * W + c) * STEP
 
     acc = zero_pieces(BLOCK_M, WIDTHS)
-    for k0 in range(0, CP, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        for t in tl.static_range(9):
-            dy = t // 3 - 1
-            dx = t % 3 - 1
-            valid = (row < H) & (row + dy >= 0) & (row + dy < H)
-            valid = valid & (column < W) & (column + dx >= 0) & (column + dx < W)
-            rows_in_tile = (r + dy >= 0) & (r + dy < TILE_H)
-            in_tile = rows_in_tile & (c + dx >= 0) & (c + dx < TILE_W)
-            v = tl.load(
-                x + (dy * W + dx) * STEP + own[:, None] + k[None, :],
-                mask=(valid & in_tile)[:, None] & (k < LIMIT)[None, :],
-                other=0.0,
-            )
+    for t in tl.static_range(9):
+        dy = t // 3 - 1
+        dx = t % 3 - 1
+        valid = (row < H) & (row + dy >= 0) & (row + dy < H)
+        valid = valid & (column < W) & (column + dx >= 0) & (column + dx < W)
+        rows_in_tile = (r + dy >= 0) & (r + dy < TILE_H)
+        in_tile = rows_in_tile & (c + dx >= 0) & (c + dx < TILE_W)
+        from_x = valid & in_tile
+        from_scratch = valid & (in_tile == 0)
+        source = x + (dy * W + dx) * STEP + own[:, None]
+        # The last row of the tile above is line 2 * tile_row - 1 of the scratch, the first row of
+        # the tile below 2 * tile_row + 2; columns likewise.
+        border = (2 * tile_row + tl.where(r + dy < 0, -1, 2)) * W + column + dx
+        if not SPANS_WIDTH:
+            line = 2 * tile_column + tl.where(c + dx < 0, -1, 2)
+            border = tl.where(rows_in_tile, ROWS + line * H + row + dy, border)
+        border_source = scratch + border[:, None] * SCRATCH_STEP
+        for k0 in range(0, CP, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            mask = from_x[:, None] & (k < LIMIT)[None, :]
+            v = tl.load(source + k[None, :], mask=mask, other=0.0)
+            # The tap in the middle stays in the tile, and so do those beside it in a wide tile.
             if t != 4 and not (SPANS_WIDTH and t // 3 == 1):
-                # The last row of the tile above is line 2 * tile_row - 1, the first row of the tile
-                # below 2 * tile_row + 2; columns likewise.
-                above = tl.where(r + dy < 0, -1, 2)
-                s = (2 * tile_row + above) * W + column + dx
-                if not SPANS_WIDTH:
-                    left = tl.where(c + dx < 0, -1, 2)
-                    beside = ROWS + (2 * tile_column + left) * H + row + dy
-                    s = tl.where(rows_in_tile, beside, s)
-                from_scratch = valid & (in_tile == 0)
-                border = tl.load(
-                    scratch + s[:, None] * SCRATCH_STEP + k[None, :],
-                    mask=from_scratch[:, None] & (k < SCRATCH_STEP)[None, :],
-                    other=0.0,
-                )
-                v = tl.where(from_scratch[:, None], border, v)
+                mask = from_scratch[:, None] & (k < SCRATCH_STEP)[None, :]
+                other = tl.load(border_source + k[None, :], mask=mask, other=0.0)
+                v = tl.where(from_scratch[:, None], other, v)
             v = partial_columns(v.to(dtype), k, CP, VECTOR)
             new = ()
             for i in tl.static_range(len(WIDTHS)):
