@@ -142,7 +142,7 @@ def calls(
     dtypes: tuple[str, ...] = tuple(DTYPES),
     stages: tuple[int, ...] = tuple(range(1, STAGES + 1)),
 ) -> list[Call]:
-    """Every call of those ops at those stages of those networks; a head's at the last stage only."""
+    """Every call of those ops at those stages of those networks; of a head at the last only."""
     return [
         Call(op, network, stage, batch, dtype)
         for op in ops

@@ -26,7 +26,7 @@ from typing import Any
 
 from bench.calls import BACKWARD, DTYPES, FORWARD, INFERENCE, NETWORKS, Call, calls
 
-__all__ = ["GPUS", "Binary", "Gpu", "Kernel", "binaries", "compile_kernel", "kernels"]
+__all__ = ["GPUS", "Binary", "Gpu", "Kernel", "binaries", "compile_kernel", "kernels", "record"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +152,12 @@ def record(call: Call, gpu: Gpu) -> list:
     return launches
 
 
+def key(launch, capability: tuple[int, int]) -> tuple:
+    """Launches with equal keys lead to the same binary."""
+    source, options, _ = _specialise(launch, capability)
+    return capability, source.hash(), options.hash()
+
+
 def kernels(wanted: Iterable[Call], capabilities: Iterable[tuple[int, int]]) -> list[Kernel]:
     """The different kernels that those calls launch on those devices."""
     found: dict[tuple, list] = {}
@@ -160,9 +166,8 @@ def kernels(wanted: Iterable[Call], capabilities: Iterable[tuple[int, int]]) -> 
         gpu = GPUS[capability]
         for call in wanted:
             for launch in record(call, gpu):
-                source, options, _ = _specialise(launch, capability)
-                key = (capability, source.hash(), options.hash())
-                found.setdefault(key, [gpu, launch, []])[2].append(call)
+                users = found.setdefault(key(launch, capability), [gpu, launch, []])[2]
+                users.append(call)
     return [Kernel(gpu, launch, tuple(users)) for gpu, launch, users in found.values()]
 
 
@@ -242,13 +247,17 @@ def _compile_number(index: int) -> Binary:
     return compile_kernel(_todo[index])
 
 
-def binaries(todo: Sequence[Kernel], workers: int | None = None) -> Iterator[Binary]:
-    """Compiles all, as they get done, on so many processes, by default one on each processor."""
+def binaries(
+    todo: Sequence[Kernel], workers: int | None = None, ordered: bool = False
+) -> Iterator[Binary]:
+    """Compiles all on so many processes, by default one on each processor; as they get done, or in
+    order."""
     if workers is None:
         workers = len(os.sched_getaffinity(0))
     _todo[:] = todo
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from pool.imap_unordered(_compile_number, range(len(_todo)))
+        run = pool.imap if ordered else pool.imap_unordered
+        yield from run(_compile_number, range(len(_todo)))
 
 
 # ---- The command ---------------------------------------------------------------------------------
