@@ -141,12 +141,11 @@ def _tables() -> list[dict]:
 
 @functools.cache
 def _table(capability: tuple[int, int]) -> dict:
-    for table in _tables():
-        if list(capability) in table["capabilities"]:
-            return table
-    older = [t for t in _tables() if tuple(t["capabilities"][0]) <= capability]
-    table = max(older, key=lambda t: t["capabilities"][0])
-    major, minor = table["capabilities"][0]
+    listed = [(tuple(c), table) for table in _tables() for c in table["capabilities"]]
+    nearest, table = max((row for row in listed if row[0] <= capability), key=lambda row: row[0])
+    if nearest == capability:
+        return table
+    major, minor = nearest
     warnings.warn(
         f"fasternet_kernels has no tuning for compute capability {capability[0]}.{capability[1]}: "
         f"it takes that for {major}.{minor}",
