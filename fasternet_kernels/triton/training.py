@@ -313,6 +313,7 @@ def act_pw_residual_kernel(
     C: tl.constexpr,
     C_HIDDEN: tl.constexpr,
     ACT: tl.constexpr,
+    HAS_X: tl.constexpr,
     HAS_LAYER: tl.constexpr,
     HAS_SAMPLE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -345,8 +346,11 @@ def act_pw_residual_kernel(
         scale = tl.load(sample_ptr + sample, mask=start + local < rows, other=0.0)
         acc *= scale.to(tl.float32)[:, None]
     keep = valid & (n < C)[None, :]
-    x = tl.load(x_ptr + first * X_STEP + local[:, None] * X_STEP + n[None, :], mask=keep, other=0.0)
-    y = (x.to(tl.float32) + acc).to(y_ptr.dtype.element_ty)
+    if HAS_X:
+        x_ptr += first * X_STEP
+        x = tl.load(x_ptr + local[:, None] * X_STEP + n[None, :], mask=keep, other=0.0)
+        acc += x.to(tl.float32)
+    y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + first * C + local[:, None] * C + n[None, :], y, mask=keep)
 
 
@@ -478,17 +482,33 @@ def act_pw_residual(
         return reference.act_pw_residual(
             x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act
         )
-    (source, x_step), (hidden, z_step) = pixels(x), pixels(z)
+    y = empty_image(x, x.shape[1], torch.promote_types(x.dtype, z.dtype))
+    project(y, x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act)
+    return in_format_of(y, x)
+
+
+def project(
+    y: Tensor,
+    x: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    w_pw2: Tensor,
+    layer_scale: Tensor | None,
+    sample_scale: Tensor | None,
+    act: str,
+) -> None:
+    """Writes act_pw_residual to the channels_last ``y``, without x the branch alone."""
+    (x, x_step), (z, z_step) = (None, 0) if x is None else pixels(x), pixels(z)
     mean, scale, shift, layer, sample = vectors(mean, scale, shift, layer_scale, sample_scale)
-    c, c_hidden = x.shape[1], z.shape[1]
-    y = empty_image(x, c, torch.promote_types(x.dtype, z.dtype))
-    rows = rows_of(x)
+    c, c_hidden, rows = y.shape[1], z.shape[1], rows_of(z)
     tile = tiles(c, c_hidden, w_pw2.dtype)
     launch(
         act_pw_residual_kernel,
         (cdiv(c, tile["BLOCK_N"]) * cdiv(rows, tile["BLOCK_M"]),),
-        x_ptr=source,
-        z_ptr=hidden,
+        x_ptr=x,
+        z_ptr=z,
         mean_ptr=mean,
         scale_ptr=scale,
         shift_ptr=shift,
@@ -497,18 +517,18 @@ def act_pw_residual(
         sample_ptr=sample,
         y_ptr=y,
         rows=rows,
-        image_pixels=x.shape[2] * x.shape[3],
+        image_pixels=z.shape[2] * z.shape[3],
         X_STEP=x_step,
         Z_STEP=z_step,
         C=c,
         C_HIDDEN=c_hidden,
         ACT=act,
+        HAS_X=x is not None,
         HAS_LAYER=layer is not None,
         HAS_SAMPLE=sample is not None,
         PRECISION=dot_precision(w_pw2.dtype),
         **tile,
     )
-    return in_format_of(y, x)
 
 
 KERNELS = {"pw_stats": pw_stats, "bn_act": bn_act, "act_pw_residual": act_pw_residual}
