@@ -744,7 +744,7 @@ def _dz(
     mean, scale, shift, layer, sample = vectors(mean, scale, shift, layer, sample)
     c, c_hidden, rows = grad.shape[1], z.shape[1], rows_of(z)
     project = w_pw2 is not None
-    tile = tiles(c_hidden, c, z.dtype)
+    tile = tiles(c_hidden, c, z.dtype, columns=64)
     blocks = cdiv(c_hidden, tile["BLOCK_N"])
     programs, of_each = persistent(z, rows, tile["BLOCK_M"], blocks)
     dz = empty_image(z, c_hidden, z.dtype) if need_z else None
