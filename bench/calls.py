@@ -77,7 +77,7 @@ class Call:
         image = functools.partial(_random, dtype=dtype, device=device)
         vector = functools.partial(_random, dtype=compute_dtype(dtype), device=device)
         batch, c, height, width = self.shape
-        cp, hidden = c // N_DIV, c * MLP_RATIO
+        cp, hidden = max(c // N_DIV, 1), c * MLP_RATIO
         x = image(batch, c, height, width)
         w_partial = image(cp, cp, 3, 3, scale=(9 * cp) ** -0.5)
         w_pw1 = image(hidden, c, 1, 1, scale=c**-0.5)
@@ -140,13 +140,14 @@ def calls(
     networks: tuple[str, ...] = tuple(NETWORKS),
     batches: tuple[int, ...] = (1, 32, 256),
     dtypes: tuple[str, ...] = tuple(DTYPES),
+    stages: tuple[int, ...] = tuple(range(1, STAGES + 1)),
 ) -> list[Call]:
-    """Every call of those ops at every stage of those networks; a head's at the last stage only."""
+    """Every call of those ops at those stages of those networks; of a head at the last only."""
     return [
         Call(op, network, stage, batch, dtype)
         for op in ops
         for network in networks
-        for stage in range(1, STAGES + 1)
+        for stage in stages
         if op != "head" or stage == STAGES
         for batch in batches
         for dtype in dtypes

@@ -61,7 +61,7 @@ class GpuRow:
     mbyte: float | None = None
     gb_per_s: float | None = None
     copy_share: float | None = None
-    peak_mib: float | None = None  # allocated by torch during one call, inputs and weights included
+    peak_mib: float | None = None  # that torch allocated to prepare and to call it once
     rounds: int | None = None
     calls: int | None = None
     round_medians_ms: tuple[float, ...] = ()
@@ -182,14 +182,16 @@ class Session:
         for name, contender in todo.items():
             try:
                 errors[name] = self._error(contender, work.dtype)
+                before = 0
                 if not self.device.dry:
                     torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
                 made[name] = contender.prepare()
                 made[name].call()
                 self.device.synchronize()
                 if not self.device.dry:
-                    memory[name] = torch.cuda.max_memory_allocated() / 2**20
-                if contender.profile:
+                    memory[name] = (torch.cuda.max_memory_allocated() - before) / 2**20
+                if contender.profile and (name == "ours" or not self.device.dry):
                     kernels[name] = self._kernels(made[name])
                 status[name] = "ok"
             except Exception as error:  # whatever a provider dies of is its row's status
@@ -224,7 +226,7 @@ class Session:
         with profile(activities=[activity]) as profiler:
             prepared.call()
             self.device.synchronize()
-        names = [event.key for event in profiler.key_averages() if "Memset" not in event.key]
+        names = [e.key for e in profiler.key_averages() if not e.key.startswith(("cuda", "Mem"))]
         return "; ".join(dict.fromkeys(name[:90] for name in names))[:400]
 
     def _columns(self, work: Work, contender: Contender, taken) -> dict[str, object]:

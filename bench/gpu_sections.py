@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasternet_kernels as fk
-from bench import gpu_report, gpu_tune, providers, workloads
+from bench import gpu, gpu_report, gpu_tune, providers, workloads
 from bench.calls import DTYPES
 from bench.gpu_rows import CHECKED_IMAGES, Contender, Session, Work
 from bench.gpu_timing import Device, Prepared
@@ -33,10 +33,11 @@ def run(section: str, args: argparse.Namespace) -> int:
     """Runs one section until its time is up; returns the exit status."""
     device = Device(args.dry_run)
     session = Session(device, args.out / "gpu.csv", args.run, args.seconds or 1e9)
-    SECTIONS[section](session, args.out)
+    name, *networks = section.split()
+    SECTIONS[name](session, *networks or [args.out])
     if session.left_out:
         print(f"left out for want of time: {'; '.join(session.left_out)}")
-        return 3
+        return gpu.UNFINISHED
     return 0
 
 
@@ -296,11 +297,12 @@ def _networks(session: Session, out: Path) -> None:
         torch._dynamo.reset()
 
 
-def _compile(session: Session, out: Path) -> None:
-    """Fills the compilers' caches on disk for `networks` while other sections run: the GPU is asked
-    for very little, the processors for much."""
+def _compile(session: Session, network: str) -> None:
+    """Fills torch.compile's cache on disk for `networks`: mostly work for the processors."""
     device = session.device
     for batch, dtype, name in _network_plan(device):
+        if name != network:
+            continue
         work = workloads.find(f"fasternet_{name}")
         x = _inputs(device, work, batch, DTYPES[dtype])
         for provider in ("max_autotune", "compile"):
@@ -311,7 +313,6 @@ def _compile(session: Session, out: Path) -> None:
                 except Exception as error:  # the section itself will say so in its row
                     print(f"compile {name}: {error}", file=sys.stderr)
         torch._dynamo.reset()
-        torch.cuda.empty_cache()
 
 
 # ---- Training ------------------------------------------------------------------------------------

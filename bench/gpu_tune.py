@@ -91,8 +91,7 @@ def _compile_ahead(trials: list[tuple[Call, str, dict]], gpu: offline.Gpu) -> No
     for call, kernel, config in trials:
         with _answering({kernel: config}, {}), contextlib.suppress(Exception):
             for launch in offline.record(call, gpu):
-                source, options, _ = offline._specialise(launch, gpu.capability)
-                key = source.hash(), options.hash()
+                key = offline.key(launch, gpu.capability)
                 if key not in seen:
                     seen.add(key)
                     todo.append(offline.Kernel(gpu, launch, (call,)))

@@ -26,7 +26,7 @@ from typing import Any
 
 from bench.calls import BACKWARD, DTYPES, FORWARD, INFERENCE, NETWORKS, Call, calls
 
-__all__ = ["GPUS", "Binary", "Gpu", "Kernel", "binaries", "compile_kernel", "kernels"]
+__all__ = ["GPUS", "Binary", "Gpu", "Kernel", "binaries", "compile_kernel", "kernels", "record"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +77,7 @@ class Binary:
         constants: of the kernel.
         registers: of a thread. stack, local: bytes of a thread in device memory, 0 without spills.
         shared: bytes of a program. limit: bytes that the device has for it.
+        dots: (M, N, K) of each matrix product of the source.
         opcodes: SASS instruction with its modifiers -> how often it stands in the code.
         error: why there is no binary; then the rest is empty.
     """
@@ -93,6 +94,7 @@ class Binary:
     local: int = 0
     shared: int = 0
     limit: int = 0
+    dots: tuple[tuple[int, int, int], ...] = ()
     opcodes: dict[str, int] = dataclasses.field(default_factory=dict)
     error: str = ""
 
@@ -150,6 +152,12 @@ def record(call: Call, gpu: Gpu) -> list:
     return launches
 
 
+def key(launch, capability: tuple[int, int]) -> tuple:
+    """Launches with equal keys lead to the same binary."""
+    source, options, _ = _specialise(launch, capability)
+    return capability, source.hash(), options.hash()
+
+
 def kernels(wanted: Iterable[Call], capabilities: Iterable[tuple[int, int]]) -> list[Kernel]:
     """The different kernels that those calls launch on those devices."""
     found: dict[tuple, list] = {}
@@ -158,9 +166,8 @@ def kernels(wanted: Iterable[Call], capabilities: Iterable[tuple[int, int]]) -> 
         gpu = GPUS[capability]
         for call in wanted:
             for launch in record(call, gpu):
-                source, options, _ = _specialise(launch, capability)
-                key = (capability, source.hash(), options.hash())
-                found.setdefault(key, [gpu, launch, []])[2].append(call)
+                users = found.setdefault(key(launch, capability), [gpu, launch, []])[2]
+                users.append(call)
     return [Kernel(gpu, launch, tuple(users)) for gpu, launch, users in found.values()]
 
 
@@ -217,6 +224,9 @@ def compile_kernel(kernel: Kernel) -> Binary:
         source, options, target = _specialise(launch, kernel.gpu.capability)
         compiled = triton.compile(source, target=target, options=options.__dict__)
         usage, opcodes = read_cubin(compiled.asm["cubin"])
+        dots = re.findall(
+            r"tt\.dot .*: tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x", compiled.asm["ttir"]
+        )
     except Exception as error:  # the compiler has many kinds
         return dataclasses.replace(binary, error=f"{type(error).__name__}: {error}"[:2000])
     return dataclasses.replace(
@@ -225,6 +235,7 @@ def compile_kernel(kernel: Kernel) -> Binary:
         stack=usage["STACK"],
         local=usage["LOCAL"],
         shared=compiled.metadata.shared,
+        dots=tuple(sorted({(int(m), int(n), int(k)) for m, k, n in dots})),
         opcodes=opcodes,
     )
 
@@ -236,13 +247,17 @@ def _compile_number(index: int) -> Binary:
     return compile_kernel(_todo[index])
 
 
-def binaries(todo: Sequence[Kernel], workers: int | None = None) -> Iterator[Binary]:
-    """Compiles all, as they get done, on so many processes, by default one on each processor."""
+def binaries(
+    todo: Sequence[Kernel], workers: int | None = None, ordered: bool = False
+) -> Iterator[Binary]:
+    """Compiles all on so many processes, by default one on each processor; as they get done, or in
+    order."""
     if workers is None:
         workers = len(os.sched_getaffinity(0))
     _todo[:] = todo
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        yield from pool.imap_unordered(_compile_number, range(len(_todo)))
+        run = pool.imap if ordered else pool.imap_unordered
+        yield from run(_compile_number, range(len(_todo)))
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -258,6 +273,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def words(text: str) -> tuple[str, ...]:
         return tuple(text.split(","))
 
+    def numbers(text: str) -> tuple[int, ...]:
+        return tuple(map(int, words(text)))
+
     def capabilities(text: str) -> tuple[tuple[int, int], ...]:
         return tuple((int(a), int(b)) for a, b in (word.split(".") for word in words(text)))
 
@@ -265,14 +283,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--networks", type=words, default=tuple(NETWORKS))
     parser.add_argument("--ops", type=words, default=INFERENCE + FORWARD + BACKWARD)
     parser.add_argument("--dtypes", type=words, default=tuple(DTYPES))
-    parser.add_argument("--batches", type=lambda s: tuple(map(int, words(s))), default=(1, 32, 256))
+    parser.add_argument("--batches", type=numbers, default=(1, 32, 256))
+    parser.add_argument("--stages", type=numbers, default=(1, 2, 3, 4))
     parser.add_argument("--workers", type=int)
     parser.add_argument("--json", type=Path, help="writes what was found in the binaries")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: nothing would be compiled")
 
-    todo = kernels(calls(args.ops, args.networks, args.batches, args.dtypes), args.capabilities)
+    wanted = calls(args.ops, args.networks, args.batches, args.dtypes, args.stages)
+    todo = kernels(wanted, args.capabilities)
     print(f"{len(todo)} kernels", flush=True)
     found = []
     for binary in binaries(todo, args.workers):

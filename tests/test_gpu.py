@@ -1,4 +1,4 @@
-"""The kernels on a GPU: what the interpreter and the compiler alone cannot show. `make gpu` runs it.
+"""The kernels on a GPU: what interpreter and compiler alone cannot show. `make gpu` runs it.
 
 With FASTERNET_GPU_DRY_RUN=1 the same tests run on the CPU, the ops by Triton's interpreter, at tiny
 shapes: then it is the tests that are tried, not the kernels.

@@ -19,8 +19,8 @@ an activation of z, two segments (u and x), shifted pixels or patches, made as i
 ``pconv_dx_kernel`` is the transposed convolution, with the taps turned round.
 
 dlayer_scale[c] is the sum of w_pw2[c, :] times the unscaled dw_pw2[c, :], since both are the sum
-over pixels and hidden channels of grad a w: the projection itself is not needed. So is a patch
-convolution's dscale, and dsample_scale is a sum of a * da before sample_scale.
+over pixels and hidden channels of grad a w: the projection itself is not needed. A patch
+convolution's dscale is found in the same way.
 
 Bytes of a block per pixel and element, C_hidden = 2 C: dz_kernel reads 3C and writes 2C, the two
 weight gradients read 3C and 5C, du_kernel reads 5C and writes C, PConv's parts move C; 20C against
@@ -61,6 +61,7 @@ from .training import (
     normalise,
     pconv_pointwise,
     persistent,
+    project,
     rows_of,
     tile_of,
     tiles,
@@ -118,7 +119,6 @@ def dz_kernel(
     shift_ptr,
     dz_ptr,
     partial_ptr,
-    dsample_ptr,
     rows,
     image_pixels,
     tiles_per_program,
@@ -132,7 +132,6 @@ def dz_kernel(
     HAS_SAMPLE: tl.constexpr,
     NEED_Z: tl.constexpr,
     NEED_SUMS: tl.constexpr,
-    NEED_SAMPLE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -176,11 +175,6 @@ def dz_kernel(
         z_tile = z_ptr + tl.cast(start, tl.int64) * Z_STEP
         z = tl.load(z_tile + local[:, None] * Z_STEP + n[None, :], mask=keep, other=0.0)
         centred, t = normalise(z, mean, scale, shift)
-        if NEED_SAMPLE:
-            a = activation(t, ACT).to(w_ptr.dtype.element_ty).to(tl.float32)
-            products = tl.sum(tl.where(keep, a * da, 0.0), 1)
-            row = tl.cast(tl.program_id(0), tl.int64) * rows + start + local
-            tl.store(dsample_ptr + row, products, mask=valid)
         if HAS_SAMPLE:
             sample = tl.load(sample_ptr + (start + local) // image_pixels, mask=valid, other=0.0)
             da *= sample.to(tl.float32)[:, None]
@@ -740,23 +734,21 @@ def _dz(
     act: str,
     need_z: bool,
     need_sums: bool,
-    need_sample: bool = False,
     w_pw2: Tensor | None = None,
     layer: Tensor | None = None,
     sample: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dz channels_last, sums over pixels of dt and dt * (z - mean) as (2, C_hidden), the sums over
-    each image of a * da), None where not needed."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dz channels_last, sums over pixels of dt and dt * (z - mean) as (2, C_hidden)), None where
+    not needed."""
     (grad, grad_step), (z, z_step) = pixels(grad), pixels(z)
     mean, scale, shift, layer, sample = vectors(mean, scale, shift, layer, sample)
     c, c_hidden, rows = grad.shape[1], z.shape[1], rows_of(z)
     project = w_pw2 is not None
-    tile = tiles(c_hidden, c, z.dtype)
+    tile = tiles(c_hidden, c, z.dtype, columns=64)
     blocks = cdiv(c_hidden, tile["BLOCK_N"])
     programs, of_each = persistent(z, rows, tile["BLOCK_M"], blocks)
     dz = empty_image(z, c_hidden, z.dtype) if need_z else None
     partial = z.new_empty((programs, 2, c_hidden), dtype=torch.float32) if need_sums else None
-    products = z.new_empty((blocks, rows), dtype=torch.float32) if need_sample else None
     launch(
         dz_kernel,
         (blocks, programs),
@@ -770,7 +762,6 @@ def _dz(
         shift_ptr=shift,
         dz_ptr=dz,
         partial_ptr=partial,
-        dsample_ptr=products,
         rows=rows,
         image_pixels=z.shape[2] * z.shape[3],
         tiles_per_program=of_each,
@@ -784,7 +775,6 @@ def _dz(
         HAS_SAMPLE=sample is not None,
         NEED_Z=need_z,
         NEED_SUMS=need_sums,
-        NEED_SAMPLE=need_sample,
         PRECISION=dot_precision(z.dtype),
         **tile,
     )
@@ -802,8 +792,7 @@ def _dz(
             num_warps=4,
             num_stages=2,
         )
-    of_images = products.view(blocks, z.shape[0], -1).sum((0, 2)) if need_sample else None
-    return dz, sums, of_images
+    return dz, sums
 
 
 def _pconv_dx(du: Tensor, weight: Tensor, dx: Tensor, dy: Tensor | None = None) -> None:
@@ -979,7 +968,7 @@ def bn_act_backward(
     need_z, *need = output_mask
     dz = sums = None
     if any(output_mask):
-        dz, sums, _ = _dz(grad, z, mean, scale, shift, act, need_z, any(need))
+        dz, sums = _dz(grad, z, mean, scale, shift, act, need_z, any(need))
     return _results(grad, *_from_sums(dz, sums, z, mean, scale, shift, *need))
 
 
@@ -1001,9 +990,9 @@ def act_pw_residual_backward(
             grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask
         )
     need_z, *need, need_pw2, need_layer, need_sample = output_mask
-    dz = sums = of_images = dw_pw2 = dlayer = dsample = None
-    if need_z or any(need) or need_sample:
-        dz, sums, of_images = _dz(
+    dz = sums = dw_pw2 = dlayer = dsample = None
+    if need_z or any(need):
+        dz, sums = _dz(
             grad,
             z,
             mean,
@@ -1012,13 +1001,15 @@ def act_pw_residual_backward(
             act,
             need_z,
             any(need),
-            need_sample,
             w_pw2,
             layer_scale,
             sample_scale,
         )
     if need_sample:
-        dsample = of_images.to(sample_scale.dtype)
+        # Nobody trains it: a plain product of the gradient and the branch will do.
+        branch = empty_image(grad, grad.shape[1], torch.float32)
+        project(branch, None, z, mean, scale, shift, w_pw2, layer_scale, None, act)
+        dsample = branch.mul_(grad).sum((1, 2, 3)).to(sample_scale.dtype)
     if need_pw2 or need_layer:
         (sample,) = vectors(sample_scale)
         dw_pw2, dlayer = _weight_gradient(

@@ -47,7 +47,7 @@ from .common import (
 from .pconv import convolve, convolve_into, place, taps_of
 
 PROGRAMS = 4  # for each multiprocessor, of a grid that walks over pixels
-# Most rows, columns and depth of a product's tile. Three stages of operands at 16 bits take 60 KB,
+# Rows, most columns and depth of a product's tile. Three stages of operands at 16 bits take 60 KB,
 # so they fit on consumer GPUs as well, which have 99 KB for a program.
 TILES = {"16": (128, 128, 32), "tf32": (128, 64, 32), "fp32": (64, 64, 16)}
 # In the interpreter one tile holds all columns: its time goes by the operation, not by the element.
@@ -58,23 +58,25 @@ ALL_COLUMNS = triton.knobs.runtime.interpret
 
 
 def block(size: int, most: int) -> int:
-    """A power of two for ``size`` columns: the widest up to ``most``, or half of that where it
-    leaves fewer columns computed in vain."""
+    """A power of two for ``size`` columns: the widest up to ``most``, or 64 for 128 where it leaves
+    fewer columns computed in vain."""
     if ALL_COLUMNS:
         return power_of_2(size)
     wide = min(most, power_of_2(size))
-    return wide // 2 if size > wide and cdiv(size, wide // 2) % 2 == 1 else wide
+    return 64 if size > wide == 128 and cdiv(size, 64) % 2 == 1 else wide
 
 
-def tiles(n: int, k: int, dtype: torch.dtype) -> dict:
-    """The tile of a product (rows, k) x (k, n), as arguments of a launch."""
+def tiles(n: int, k: int, dtype: torch.dtype, rows: int = 128, columns: int = 128) -> dict:
+    """The tile of a product (pixels, k) x (k, n), as arguments of a launch; at most ``rows`` and
+    ``columns`` where the epilogue needs registers of its own."""
     block_m, block_n, block_k = TILES[precision(dtype)]
-    block_n = block(n, block_n)
+    block_n = block(n, min(block_n, columns))
+    full = block_n > 64 or columns < 128 or rows < 128
     return {
-        "BLOCK_M": block_m,
+        "BLOCK_M": min(block_m, rows),
         "BLOCK_N": block_n,
-        "BLOCK_K": block(k, block_k),
-        "num_warps": 8 if block_n > 64 else 4,
+        "BLOCK_K": power_of_2(k) if ALL_COLUMNS else min(block_k, power_of_2(k)),
+        "num_warps": 8 if full else 4,
         "num_stages": 3,
     }
 
@@ -154,19 +156,19 @@ def pw_stats_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         if FUSED:
             row, column = place(start, local, height, width)
-            k = tl.arange(0, BLOCK_P)
+            p = tl.arange(0, BLOCK_P)
             u = convolve(
-                x_tile, taps_ptr, local, inside, row, column, k, height, width, C, C_PARTIAL,
+                x_tile, taps_ptr, local, inside, row, column, p, height, width, C, C_PARTIAL,
                 X_STEP, TAP_STEP, BLOCK_M, BLOCK_P, BLOCK_P, VECTOR, PRECISION,
             ).to(dtype)  # fmt: skip
             if BLOCK_P > C_PARTIAL:
                 x = tl.load(
-                    x_tile + local[:, None] * X_STEP + k[None, :],
-                    mask=inside[:, None] & (k < C)[None, :],
+                    x_tile + local[:, None] * X_STEP + p[None, :],
+                    mask=inside[:, None] & (p < C)[None, :],
                     other=0.0,
                 )
-                u = tl.where((k < C_PARTIAL)[None, :], u, x.to(dtype))
-            w = weight_tile(w_ptr, n, k, C_OUT, C, C)
+                u = tl.where((p < C_PARTIAL)[None, :], u, x.to(dtype))
+            w = weight_tile(w_ptr, n, p, C_OUT, C, C)
             acc = tl.dot(u, w, acc, input_precision=PRECISION)
         else:
             u_tile = u_ptr + start * HEAD
@@ -313,6 +315,7 @@ def act_pw_residual_kernel(
     C: tl.constexpr,
     C_HIDDEN: tl.constexpr,
     ACT: tl.constexpr,
+    HAS_X: tl.constexpr,
     HAS_LAYER: tl.constexpr,
     HAS_SAMPLE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -345,8 +348,11 @@ def act_pw_residual_kernel(
         scale = tl.load(sample_ptr + sample, mask=start + local < rows, other=0.0)
         acc *= scale.to(tl.float32)[:, None]
     keep = valid & (n < C)[None, :]
-    x = tl.load(x_ptr + first * X_STEP + local[:, None] * X_STEP + n[None, :], mask=keep, other=0.0)
-    y = (x.to(tl.float32) + acc).to(y_ptr.dtype.element_ty)
+    if HAS_X:
+        x_ptr += first * X_STEP
+        x = tl.load(x_ptr + local[:, None] * X_STEP + n[None, :], mask=keep, other=0.0)
+        acc += x.to(tl.float32)
+    y = acc.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + first * C + local[:, None] * C + n[None, :], y, mask=keep)
 
 
@@ -369,7 +375,7 @@ def pconv_pointwise(
     x, step = pixels(x)
     c, c_partial, c_out, dtype = x.shape[1], w_partial.shape[0], w_pw.shape[0], w_pw.dtype
     rows = rows_of(x)
-    tile = tiles(c_out, c, dtype)
+    tile = tiles(c_out, c, dtype, rows=64)
     blocks = cdiv(c_out, tile["BLOCK_N"])
     fused = c_out <= 256 and c_partial <= 64
     block_p = power_of_2(c_partial)
@@ -478,17 +484,33 @@ def act_pw_residual(
         return reference.act_pw_residual(
             x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act
         )
-    (source, x_step), (hidden, z_step) = pixels(x), pixels(z)
+    y = empty_image(x, x.shape[1], torch.promote_types(x.dtype, z.dtype))
+    project(y, x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act)
+    return in_format_of(y, x)
+
+
+def project(
+    y: Tensor,
+    x: Tensor | None,
+    z: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    w_pw2: Tensor,
+    layer_scale: Tensor | None,
+    sample_scale: Tensor | None,
+    act: str,
+) -> None:
+    """Writes act_pw_residual to the channels_last ``y``, without x the branch alone."""
+    (x, x_step), (z, z_step) = (None, 0) if x is None else pixels(x), pixels(z)
     mean, scale, shift, layer, sample = vectors(mean, scale, shift, layer_scale, sample_scale)
-    c, c_hidden = x.shape[1], z.shape[1]
-    y = empty_image(x, c, torch.promote_types(x.dtype, z.dtype))
-    rows = rows_of(x)
+    c, c_hidden, rows = y.shape[1], z.shape[1], rows_of(z)
     tile = tiles(c, c_hidden, w_pw2.dtype)
     launch(
         act_pw_residual_kernel,
         (cdiv(c, tile["BLOCK_N"]) * cdiv(rows, tile["BLOCK_M"]),),
-        x_ptr=source,
-        z_ptr=hidden,
+        x_ptr=x,
+        z_ptr=z,
         mean_ptr=mean,
         scale_ptr=scale,
         shift_ptr=shift,
@@ -497,18 +519,18 @@ def act_pw_residual(
         sample_ptr=sample,
         y_ptr=y,
         rows=rows,
-        image_pixels=x.shape[2] * x.shape[3],
+        image_pixels=z.shape[2] * z.shape[3],
         X_STEP=x_step,
         Z_STEP=z_step,
         C=c,
         C_HIDDEN=c_hidden,
         ACT=act,
+        HAS_X=x is not None,
         HAS_LAYER=layer is not None,
         HAS_SAMPLE=sample is not None,
         PRECISION=dot_precision(w_pw2.dtype),
         **tile,
     )
-    return in_format_of(y, x)
 
 
 KERNELS = {"pw_stats": pw_stats, "bn_act": bn_act, "act_pw_residual": act_pw_residual}
