@@ -6,6 +6,8 @@
 # make test-all   with the long tests          make test-cpp   csrc/ and its tests alone, without Python
 # make test-arm   csrc/ and its tests for AArch64 on an emulator (Debian packages g++-aarch64-linux-gnu, qemu-user)
 # make count-arm  the instructions of one FasterNet-T0 forward on AArch64, appended to bench/results/arm/
+# make cuda       csrc/cuda with nvcc, for what Triton cannot say; the rest works without
+# make gpu        all there is to do on a machine with a CUDA GPU: tests, tuning, benchmarks; nothing is downloaded
 # make lint       style checks                 make format     style fixes                make clean
 #
 # Variables: PYTHON (interpreter that creates .venv), ARGS (options of `fasternet-kernels demo`, pytest or `python -m bench`), and TORCH:
@@ -26,7 +28,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # --no-deps where a package would otherwise choose a torch of its own.
 BUILD_PACKAGES := 'setuptools>=77' 'pybind11>=2.13'
 DEMO_PACKAGES := matplotlib pillow safetensors scikit-learn tqdm
-TEST_PACKAGES := $(DEMO_PACKAGES) 'pytest>=8' huggingface_hub pyyaml
+# Triton's interpreter, which runs the GPU kernels in the tests, does not know numpy 2.4 yet.
+TEST_PACKAGES := $(DEMO_PACKAGES) 'pytest>=8' huggingface_hub pyyaml 'numpy<2.4'
+TRITON := triton==3.6.0
 TEST_PACKAGES_NO_DEPS := timm==1.0.30 torchvision==0.28.0
 BENCH_PACKAGES := matplotlib MNN onnx onnxruntime openvino tqdm huggingface_hub pyyaml safetensors
 LINT_PACKAGES := ruff==0.17.6 clang-format==23.1.5
@@ -39,11 +43,18 @@ ARM_BUILD := build/arm
 ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_EMULATOR ?= qemu-aarch64
 ARM_SYSROOT ?= /usr/aarch64-linux-gnu
-CPP_SOURCES = $(shell find csrc python -name '*.cpp' -o -name '*.h')
+# Code for each: compute capability 8.x runs sm_80's.
+CUDA_LIBRARY ?= fasternet_kernels/_cuda.so
+CUDA_TARGETS := -gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a
+NVCC ?= nvcc
+NVCC_FLAGS := -std=c++17 -O3 -Werror all-warnings -Xptxas -v,-warn-spills \
+  -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror -cudart static
+
+CPP_SOURCES = $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 
 .NOTPARALLEL:  # with -j, several pips would write to .venv at once; what builds and tests is parallel by itself
-.PHONY: demo test test-all test-cpp test-arm count-arm arm-tools bench lint format clean
+.PHONY: demo test test-all test-cpp test-arm count-arm arm-tools bench cuda gpu lint format clean
 
 demo: $(VENV)/stamp-build $(VENV)/stamp-demo
 	$(BIN)/fasternet-kernels demo $(ARGS)
@@ -61,6 +72,13 @@ test-cpp: $(VENV)/stamp-cmake
 
 bench: $(VENV)/stamp-build $(VENV)/stamp-bench
 	$(BIN)/python -m bench $(ARGS)
+
+# With torch as it is installed, wherever python3 finds it: no environment is made and no package looked for.
+gpu:
+	$(PYTHON) -m bench.gpu $(ARGS)
+
+cuda:
+	$(NVCC) $(NVCC_FLAGS) $(CUDA_TARGETS) -shared csrc/cuda/pconv3x3_inplace.cu -o $(CUDA_LIBRARY)
 
 # The same tests as test-cpp, run on an emulator.
 test-arm: arm-tools $(ARM_BUILD)/CMakeCache.txt
@@ -97,7 +115,7 @@ format: $(VENV)/stamp-lint
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache demo_output $(VENV)/stamp-build
-	rm -f fasternet_kernels/_C.so fasternet_runtime*.so
+	rm -f fasternet_kernels/_C.so fasternet_kernels/_cuda.so fasternet_runtime*.so
 
 # ---- The environment: one stamp per step, so that a second call does nothing ------------------------------------------
 
@@ -130,9 +148,10 @@ $(VENV)/stamp-demo: $(VENV)/stamp-torch
 	$(PIP) $(DEMO_PACKAGES)
 	touch $@
 
-$(VENV)/stamp-test: $(VENV)/stamp-torch
+$(VENV)/stamp-test: $(VENV)/stamp-torch Makefile
 	$(PIP) $(TEST_PACKAGES)
 	$(PIP) --no-deps $(TEST_PACKAGES_NO_DEPS)
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) $(TRITON)  # a torch for CUDA brings its own
 	touch $@
 
 $(VENV)/stamp-bench: $(VENV)/stamp-torch

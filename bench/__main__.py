@@ -5,6 +5,7 @@
     python -m bench report          the goals, from the CSV
     python -m bench plot            charts, from the CSV
     python -m bench readme          README's tables, from the newest CSV
+    python -m bench roofline        least times of the GPU kernels, computed, without a GPU
 
 Rows are appended to bench/results/<device>.csv as they come. Cut off? `--resume` goes on where the
 last run ended. Filters: --only t0,s --providers ours,mnn --threads 1 --batch 1 --mode latency.
@@ -42,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "plot":
             for file in plot.draw(results.read(path), args.out or path.with_suffix("")):
                 print(file)
+        elif args.command == "roofline":
+            _roofline(args)
         elif args.command == "readme":
             newest = args.csv or results.newest_file() or path
             report.update_readme(results.read(newest), args.out or results.ROOT / "README.md")
@@ -69,7 +72,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "command", nargs="?", default="goals", choices=["goals", *KINDS, "report", "plot", "readme"]
+        "command",
+        nargs="?",
+        default="goals",
+        choices=["goals", *KINDS, "report", "plot", "readme", "roofline"],
     )
     parser.add_argument("--csv", type=Path, help="results; by default those of this device")
     parser.add_argument("--out", type=Path, help="folder of charts, or file of the tables")
@@ -91,6 +97,22 @@ def _parser() -> argparse.ArgumentParser:
         "--resume", nargs="?", const="", metavar="RUN", help="go on with a run, by default the last"
     )
     return parser
+
+
+def _roofline(args: argparse.Namespace) -> None:
+    from bench import calls, roofline  # triton, only here
+
+    if os.environ.get("TRITON_INTERPRET"):
+        raise ValueError("TRITON_INTERPRET is set: nothing would be compiled")
+    networks = args.only or tuple(workloads.NETWORKS)
+    if not set(networks) <= set(workloads.NETWORKS):
+        raise ValueError(f"--only {','.join(networks)}: expected {', '.join(workloads.NETWORKS)}")
+    wanted = calls.calls(roofline.OPS, networks, args.batch or (256,), ("bf16",))
+    found = roofline.rows(sorted(wanted, key=lambda c: list(workloads.NETWORKS).index(c.network)))
+    print(roofline.text(found))
+    path = args.csv or roofline.PATH
+    roofline.write(path, found)
+    print(path)
 
 
 # ---- What is measured ----------------------------------------------------------------------------

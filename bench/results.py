@@ -17,6 +17,7 @@ import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from fasternet_kernels.timing import processor_name
 
@@ -105,7 +106,7 @@ class Row:
         return (self.workload, self.batch, self.threads, self.mode, self.dtype, self.provider)
 
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(Row))
+AnyRow = TypeVar("AnyRow")  # Row, or another dataclass of columns of the same types
 
 
 def _to_text(value: object) -> str:
@@ -127,48 +128,51 @@ def _from_text(kind: str, text: str) -> object:
     return {"int": int, "float": float, "str": str}[base](text)
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Adds rows at the end of a CSV, which is created if it does not exist.
+def append(path: Path, rows: Iterable[AnyRow]) -> None:
+    """Adds rows of one kind at the end of a CSV, which is created if it does not exist.
 
     Raises:
         ValueError: the file has other columns; nothing has been written.
     """
     rows = list(rows)
+    if not rows:
+        return
+    columns = tuple(field.name for field in dataclasses.fields(rows[0]))
     new = not path.exists() or path.stat().st_size == 0
     if not new:
-        _check_header(path)
+        _check_header(path, columns)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
-            writer.writerow(COLUMNS)
-        writer.writerows([_to_text(getattr(row, name)) for name in COLUMNS] for row in rows)
+            writer.writerow(columns)
+        writer.writerows([_to_text(getattr(row, name)) for name in columns] for row in rows)
         file.flush()
         os.fsync(file.fileno())
 
 
-def read(path: Path) -> list[Row]:
-    """All rows of a CSV, in order; none if there is no such file.
+def read(path: Path, of: type[AnyRow] = Row) -> list[AnyRow]:
+    """All rows of a CSV, in order; none if there is no such file. `of`: their kind.
 
     Raises:
         ValueError: the file has other columns, or a cell that does not fit its column.
     """
     if not path.exists():
         return []
-    _check_header(path)
-    kinds = {field.name: str(field.type) for field in dataclasses.fields(Row)}
+    kinds = {field.name: str(field.type) for field in dataclasses.fields(of)}
+    _check_header(path, tuple(kinds))
     with path.open(newline="", encoding="utf-8") as file:
         return [
-            Row(**{name: _from_text(kinds[name], text) for name, text in cells.items()})
+            of(**{name: _from_text(kinds[name], text) for name, text in cells.items()})
             for cells in csv.DictReader(file)
         ]
 
 
-def _check_header(path: Path) -> None:
+def _check_header(path: Path, columns: tuple[str, ...]) -> None:
     with path.open(newline="", encoding="utf-8") as file:
         header = tuple(next(csv.reader(file), ()))
-    if header != COLUMNS:
-        odd = sorted(set(header) ^ set(COLUMNS))
+    if header != columns:
+        odd = sorted(set(header) ^ set(columns))
         raise ValueError(f"{path} has other columns ({', '.join(odd) or 'in another order'})")
 
 

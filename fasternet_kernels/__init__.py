@@ -1,9 +1,10 @@
 """Fused kernels for FasterNet (arXiv 2303.03667): partial convolution with what follows it, for
 inference and training."""
 
-from . import library, ops
+from . import library, ops, triton
 
 library.load()
+triton.register()
 
 from . import models  # noqa: E402
 from .accelerate import Report, accelerate, report, restore  # noqa: E402

@@ -3,7 +3,7 @@
 ``torch.ops.fasternet_kernels.*`` is the one registry. This file defines every schema, its fake
 (shapes, dtypes and strides without data), its autograd formula and its FLOP count, and registers
 :mod:`fasternet_kernels.reference` as the implementation for every device; compiled kernels override
-that per device (CPU: ``python/bind_torch.cpp``). Backward passes are ops too.
+that per device (CPU: ``python/bind_torch.cpp``, CUDA: ``triton/``). Backward passes are ops too.
 
 Notation: ``x`` (B, C, H, W); ``C_partial`` is the number of first channels that are convolved;
 ``C_hidden`` is the block's inner width. With ``u = x`` whose first ``C_partial`` channels are
@@ -17,7 +17,7 @@ block                ``x + sample_scale * layer_scale * conv1x1(a, w_pw2)`` with
 patch_conv           ``conv(x, weight, stride = kernel) * scale + shift``: stem and merging layers
 head                 ``fc(act(conv1x1(mean(x))))``
 pack, *_packed       the same on one flat tensor of packed weights, scale, shift and layer_scale
-                     folded in; inference only
+                     in it; inference only; each device type has a layout of its own
 network              a list of such steps as one op; inference only
 pw_stats             ``z = conv1x1(u, w_pw)`` with the mean and the sum of squared deviations of
                      each channel of ``z``
@@ -218,6 +218,13 @@ def _(grad, x_partial, weight, output_mask):
 
 @_fake("pack")
 def _(weights, scales, shifts, fast=False):
+    from . import triton  # which imports this file
+    from .triton import layout
+
+    if triton.serves(weights[0]):
+        dtype = weights[0].dtype
+        size = layout.size([w.shape for w in weights], dtype)
+        return torch.empty(size, dtype=dtype, device=weights[0].device)
     dtype = compute_dtype(weights[0].dtype)
     size = sum(packed_size(n, k, dtype) for n, k in gemm_shapes([w.shape for w in weights]))
     size += packed_fast_size(weights) if fast else 0

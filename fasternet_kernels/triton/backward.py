@@ -1,0 +1,1217 @@
+"""Backward passes of the convolutions and of layers with batch statistics.
+
+Notation of :mod:`fasternet_kernels.ops`; M = B * H * W pixels, u = pconv3x3(x). With
+t = (z - mean) * scale + shift and a = act(t):
+
+    da       = (grad * layer_scale) w_pw2 * sample_scale       of bn_act: grad itself
+    dt       = da * act'(t)
+    dz       = dt * scale;  dshift = sum dt;  dscale = sum dt * (z - mean);  dmean = -scale * dshift
+    total    = dz + dmean / M + (z - mean) * 2 dm2             what reaches z with its statistics
+    du       = total w_pw
+    dx       = dy + the transposed 3x3 convolution of du's first C_partial channels | du's others
+    dw_pw    = total' u;  dw_partial = du_partial' x shifted by each tap
+    dw_pw2   = layer_scale * (grad * sample_scale)' a
+
+Four kernels do it. ``dz_kernel`` makes da by tensor cores, and dt, dz and the sums over pixels in
+its epilogue, so neither da nor a is ever in memory. ``du_kernel`` makes total on the way to the
+tensor cores and adds dy at the end. ``weight_gradient_kernel`` is g' a over pixels, where a may be
+an activation of z, two segments (u and x), shifted pixels or patches, made as it is loaded.
+``pconv_dx_kernel`` is the transposed convolution, with the taps turned round.
+
+dlayer_scale[c] is the sum of w_pw2[c, :] times the unscaled dw_pw2[c, :], since both are the sum
+over pixels and hidden channels of grad a w: the projection itself is not needed. A patch
+convolution's dscale is found in the same way.
+
+Bytes of a block per pixel and element, C_hidden = 2 C: dz_kernel reads 3C and writes 2C, the two
+weight gradients read 3C and 5C, du_kernel reads 5C and writes C, PConv's parts move C; 20C against
+about 40C of separate passes. FLOP: 16 C^2 and PConv's.
+
+Sums over pixels. Each program adds up its own pixels in order and writes one partial sum, and a
+second kernel adds those, in order: nothing is atomic, so the bits are the same on every run.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import reference
+from .common import (
+    activation,
+    cdiv,
+    config,
+    device,
+    dot_precision,
+    empty_image,
+    in_format_of,
+    launch,
+    pixels,
+    power_of_2,
+    precision,
+    round_up,
+    vector,
+)
+from .pconv import convolve, place, taps_of
+from .training import (
+    block,
+    convolved_head,
+    load_vectors,
+    normalise,
+    pconv_pointwise,
+    persistent,
+    project,
+    rows_of,
+    tile_of,
+    tiles,
+    vectors,
+)
+
+TRITON_DTYPES = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+# Of a weight gradient: pixels at a time, most outputs and inputs.
+WEIGHT_TILES = {"16": (32, 128), "tf32": (32, 64), "fp32": (16, 64)}
+# From this many channels on, `total` goes to memory once instead of being made again for every
+# block of outputs.
+WIDE = 256
+
+
+# ---- Kernels -------------------------------------------------------------------------------------
+
+
+@triton.jit
+def act_gradient(da, t, ACT: tl.constexpr):
+    """da times the derivative of the activation at t, at its kinks as PyTorch has it."""
+    if ACT == "relu":
+        da = tl.where(t <= 0.0, 0.0, da)
+    elif ACT == "gelu":
+        below = 0.5 * (1.0 + tl.erf(t * 0.7071067811865476))
+        da = da * (below + t * 0.3989422804014327 * tl.exp(-0.5 * t * t))
+    elif ACT == "gelu_tanh":
+        # (1 + tanh(s)) / 2 = below, s = sqrt(2 / pi) * (t + 0.044715 t^3)
+        below = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (t + 0.044715 * t * t * t)))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * t * t)
+        da = da * (below + t * below * (1.0 - below) * slope)
+    elif ACT == "silu":
+        below = 1.0 / (1.0 + tl.exp(-t))
+        da = da * (below * (1.0 + t * (1.0 - below)))
+    elif ACT == "hardswish":
+        inner = tl.where(t <= 3.0, da * (t * (1.0 / 3.0) + 0.5), da)
+        da = tl.where(t < -3.0, 0.0, inner)
+    else:
+        tl.static_assert(ACT == "identity", "unknown activation")
+    return da
+
+
+@triton.jit
+def dz_kernel(
+    grad_ptr,
+    w_ptr,
+    layer_ptr,
+    sample_ptr,
+    z_ptr,
+    mean_ptr,
+    scale_ptr,
+    shift_ptr,
+    dz_ptr,
+    partial_ptr,
+    rows,
+    image_pixels,
+    tiles_per_program,
+    GRAD_STEP: tl.constexpr,
+    Z_STEP: tl.constexpr,
+    C: tl.constexpr,
+    C_HIDDEN: tl.constexpr,
+    ACT: tl.constexpr,
+    PROJECT: tl.constexpr,
+    HAS_LAYER: tl.constexpr,
+    HAS_SAMPLE: tl.constexpr,
+    NEED_Z: tl.constexpr,
+    NEED_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dz, and sums over pixels of dt and dt * (z - mean), of tiles_per_program tiles of pixels and
+    one block of hidden channels. Without PROJECT the gradient is that of the activation."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.arange(0, BLOCK_M)
+    mean, scale, shift = load_vectors(mean_ptr, scale_ptr, shift_ptr, n, C_HIDDEN)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    moment = tl.zeros((BLOCK_N,), tl.float32)
+    first = tl.program_id(1) * tiles_per_program
+    for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(rows, BLOCK_M))):
+        start = tile * BLOCK_M
+        valid = start + local < rows
+        keep = valid[:, None] & (n < C_HIDDEN)[None, :]
+        grad_tile = grad_ptr + tl.cast(start, tl.int64) * GRAD_STEP
+        if PROJECT:
+            da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k0 in range(0, C, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                g = tl.load(
+                    grad_tile + local[:, None] * GRAD_STEP + k[None, :],
+                    mask=valid[:, None] & (k < C)[None, :],
+                    other=0.0,
+                )
+                if HAS_LAYER:
+                    layer = tl.load(layer_ptr + k, mask=k < C, other=0.0).to(tl.float32)
+                    g = g.to(tl.float32) * layer[None, :]
+                w = tl.load(
+                    w_ptr + k[:, None] * C_HIDDEN + n[None, :],
+                    mask=(k < C)[:, None] & (n < C_HIDDEN)[None, :],
+                    other=0.0,
+                )
+                da = tl.dot(g.to(w.dtype), w, da, input_precision=PRECISION)
+        else:
+            da = tl.load(
+                grad_tile + local[:, None] * GRAD_STEP + n[None, :], mask=keep, other=0.0
+            ).to(tl.float32)
+        z_tile = z_ptr + tl.cast(start, tl.int64) * Z_STEP
+        z = tl.load(z_tile + local[:, None] * Z_STEP + n[None, :], mask=keep, other=0.0)
+        centred, t = normalise(z, mean, scale, shift)
+        if HAS_SAMPLE:
+            sample = tl.load(sample_ptr + (start + local) // image_pixels, mask=valid, other=0.0)
+            da *= sample.to(tl.float32)[:, None]
+        dt = act_gradient(da, t, ACT)
+        if NEED_SUMS:
+            dt = tl.where(keep, dt, 0.0)
+            total += tl.sum(dt, 0)
+            moment += tl.sum(tl.where(keep, dt * centred, 0.0), 0)
+        if NEED_Z:
+            dz = (dt * scale).to(dz_ptr.dtype.element_ty)
+            dz_tile = dz_ptr + tl.cast(start, tl.int64) * C_HIDDEN
+            tl.store(dz_tile + local[:, None] * C_HIDDEN + n[None, :], dz, mask=keep)
+    if NEED_SUMS:
+        partial_ptr += tl.program_id(1) * 2 * C_HIDDEN + n
+        tl.store(partial_ptr, total, mask=n < C_HIDDEN)
+        tl.store(partial_ptr + C_HIDDEN, moment, mask=n < C_HIDDEN)
+
+
+@triton.jit
+def sum_kernel(
+    partial_ptr,
+    out_ptr,
+    programs,
+    N: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The sum over the programs of rows of N partial sums."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.zeros((BLOCK_N,), tl.float32)
+    for s0 in range(0, programs, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)[:, None]
+        part = tl.load(
+            partial_ptr + s * N + n[None, :],
+            mask=(s < programs) & (n < N)[None, :],
+            other=0.0,
+        )
+        total += tl.sum(part, 0)
+    tl.store(out_ptr + n, total, mask=n < N)
+
+
+@triton.jit
+def add_statistics(dz, z, dmean_ptr, dm2_ptr, mean_ptr, rows, n, N: tl.constexpr):
+    """total, from tiles of dz and z whose columns are the channels ``n``."""
+    mean, dmean, dm2 = load_vectors(mean_ptr, dmean_ptr, dm2_ptr, n, N)
+    return dz.to(tl.float32) + dmean / rows + (z.to(tl.float32) - mean) * (2.0 * dm2)
+
+
+@triton.jit
+def pconv_dx_kernel(
+    du_ptr,
+    taps_ptr,
+    dy_ptr,
+    dx_ptr,
+    rows,
+    height,
+    width,
+    DU_STEP: tl.constexpr,
+    DY_STEP: tl.constexpr,
+    DX_STEP: tl.constexpr,
+    TAP_STEP: tl.constexpr,
+    C: tl.constexpr,
+    C_PARTIAL: tl.constexpr,
+    HAS_DY: tl.constexpr,
+    VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The first C_PARTIAL channels of dx: the convolution of du, C channels of which may be read,
+    with the taps turned round, plus dy."""
+    start, n = tile_of(C_PARTIAL, BLOCK_M, BLOCK_N)
+    start = tl.cast(start, tl.int64)
+    local = tl.arange(0, BLOCK_M)
+    inside = local < rows - start
+    row, column = place(start, local, height, width)
+    dx = convolve(
+        du_ptr + start * DU_STEP, taps_ptr, local, inside, row, column, n, height, width, C,
+        C_PARTIAL, DU_STEP, TAP_STEP, BLOCK_M, BLOCK_N, BLOCK_K, VECTOR, PRECISION,
+    )  # fmt: skip
+    keep = inside[:, None] & (n < C_PARTIAL)[None, :]
+    if HAS_DY:
+        dy_ptr += start * DY_STEP
+        dy = tl.load(dy_ptr + local[:, None] * DY_STEP + n[None, :], mask=keep, other=0.0)
+        dx += dy.to(tl.float32)
+    dx_ptr += start * DX_STEP
+    dx = dx.to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + local[:, None] * DX_STEP + n[None, :], dx, mask=keep)
+
+
+@triton.jit
+def total_kernel(
+    dz_ptr,
+    z_ptr,
+    dmean_ptr,
+    dm2_ptr,
+    mean_ptr,
+    total_ptr,
+    rows,
+    DZ_STEP: tl.constexpr,
+    Z_STEP: tl.constexpr,
+    C_HIDDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """total as a tensor."""
+    start, n = tile_of(C_HIDDEN, BLOCK_M, BLOCK_N)
+    local = tl.arange(0, BLOCK_M)[:, None]
+    keep = (start + local < rows) & (n < C_HIDDEN)[None, :]
+    first = tl.cast(start, tl.int64)
+    dz = tl.load(dz_ptr + first * DZ_STEP + local * DZ_STEP + n[None, :], mask=keep, other=0.0)
+    z = tl.load(z_ptr + first * Z_STEP + local * Z_STEP + n[None, :], mask=keep, other=0.0)
+    total = add_statistics(dz, z, dmean_ptr, dm2_ptr, mean_ptr, rows, n, C_HIDDEN)
+    total_ptr += first * C_HIDDEN
+    total = total.to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + local * C_HIDDEN + n[None, :], total, mask=keep)
+
+
+@triton.jit
+def du_kernel(
+    dz_ptr,
+    z_ptr,
+    dmean_ptr,
+    dm2_ptr,
+    mean_ptr,
+    w_ptr,
+    dy_ptr,
+    du_ptr,
+    dx_ptr,
+    rows,
+    DZ_STEP: tl.constexpr,
+    Z_STEP: tl.constexpr,
+    DY_STEP: tl.constexpr,
+    DU_STEP: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    C: tl.constexpr,
+    C_PARTIAL: tl.constexpr,
+    C_HIDDEN: tl.constexpr,
+    STATS: tl.constexpr,
+    HAS_DY: tl.constexpr,
+    NEED_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A tile of du: the first C_PARTIAL channels to ``du``, padded by zeros to DU_STEP, and all
+    of them plus dy to dx, where pconv_dx_kernel then replaces the first: a store that began at
+    C_PARTIAL = 10 could not be wide."""
+    start, n = tile_of(COLUMNS, BLOCK_M, BLOCK_N)
+    local = tl.arange(0, BLOCK_M)
+    valid = (start + local < rows)[:, None]
+    first = tl.cast(start, tl.int64)
+    dz_ptr += first * DZ_STEP
+    if STATS:
+        z_ptr += first * Z_STEP
+    du = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for k0 in range(0, C_HIDDEN, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        keep = valid & (k < C_HIDDEN)[None, :]
+        g = tl.load(dz_ptr + local[:, None] * DZ_STEP + k[None, :], mask=keep, other=0.0)
+        if STATS:
+            z = tl.load(z_ptr + local[:, None] * Z_STEP + k[None, :], mask=keep, other=0.0)
+            g = add_statistics(g, z, dmean_ptr, dm2_ptr, mean_ptr, rows, k, C_HIDDEN)
+        w = tl.load(
+            w_ptr + k[:, None] * C + n[None, :],
+            mask=(k < C_HIDDEN)[:, None] & (n < C)[None, :],
+            other=0.0,
+        )
+        du = tl.dot(g.to(w.dtype), w, du, input_precision=PRECISION)
+    du_ptr += first * DU_STEP
+    partial = tl.where((n < C_PARTIAL)[None, :], du, 0.0).to(du_ptr.dtype.element_ty)
+    tl.store(
+        du_ptr + local[:, None] * DU_STEP + n[None, :],
+        partial,
+        mask=valid & (n < DU_STEP)[None, :],
+    )
+    if NEED_X:
+        keep = valid & (n < C)[None, :]
+        if HAS_DY:
+            dy_ptr += first * DY_STEP
+            dy = tl.load(dy_ptr + local[:, None] * DY_STEP + n[None, :], mask=keep, other=0.0)
+            du += dy.to(tl.float32)
+        dx_ptr += first * C
+        du = du.to(dx_ptr.dtype.element_ty)
+        tl.store(dx_ptr + local[:, None] * C + n[None, :], du, mask=keep)
+
+
+@triton.jit
+def weight_gradient_kernel(
+    g_ptr,
+    z_ptr,
+    dmean_ptr,
+    dm2_ptr,
+    g_mean_ptr,
+    sample_ptr,
+    a_ptr,
+    u_ptr,
+    mean_ptr,
+    scale_ptr,
+    shift_ptr,
+    partial_ptr,
+    rows,
+    image_pixels,
+    height,
+    width,
+    out_height,
+    out_width,
+    tiles_per_program,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    G_STEP: tl.constexpr,
+    Z_STEP: tl.constexpr,
+    A_STEP: tl.constexpr,
+    U_STEP: tl.constexpr,
+    STATS: tl.constexpr,
+    HAS_SAMPLE: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ACT: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """The part of g' a that tiles_per_program tiles of pixels give to one tile of (N, K).
+
+    g is (M, N): total if STATS, times a scale of each image if HAS_SAMPLE. a is (M, K), by OPERAND:
+    "act", act(bn(z)), z at ``a_ptr``; "pconv", the channels of u, as many as it has, then those of
+    x at ``a_ptr``; "taps", the pixels around each one, k = tap * CHANNELS + channel; "patches", the
+    pixels of its patch, likewise, the rows of g being those of the smaller image.
+    Grid: (blocks of K, blocks of N, programs).
+    """
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.arange(0, BLOCK_M)
+    tap = k // CHANNELS
+    channel = k % CHANNELS
+    down = tap // KERNEL_WIDTH
+    right = tap % KERNEL_WIDTH
+    acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    first = tl.program_id(2) * tiles_per_program
+    for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(rows, BLOCK_M))):
+        start = tile * BLOCK_M
+        pixel = start + local
+        valid = (pixel < rows)[:, None]
+        begin = tl.cast(start, tl.int64)
+
+        keep = valid & (n < N)[None, :]
+        g = tl.load(
+            g_ptr + begin * G_STEP + local[:, None] * G_STEP + n[None, :], mask=keep, other=0.0
+        )
+        if STATS:
+            z = tl.load(
+                z_ptr + begin * Z_STEP + local[:, None] * Z_STEP + n[None, :],
+                mask=keep,
+                other=0.0,
+            )
+            g = add_statistics(g, z, dmean_ptr, dm2_ptr, g_mean_ptr, rows, n, N)
+            g = tl.where(keep, g, 0.0)
+        if HAS_SAMPLE:
+            sample = tl.load(sample_ptr + pixel // image_pixels, mask=pixel < rows, other=0.0)
+            g = g.to(tl.float32) * sample.to(tl.float32)[:, None]
+
+        keep = valid & (k < K)[None, :]
+        if OPERAND == "act":
+            a = tl.load(
+                a_ptr + begin * A_STEP + local[:, None] * A_STEP + k[None, :],
+                mask=keep,
+                other=0.0,
+            )
+            mean, scale, shift = load_vectors(mean_ptr, scale_ptr, shift_ptr, k, K)
+            _, t = normalise(a, mean, scale, shift)
+            a = tl.where(keep, activation(t, ACT), 0.0)
+        elif OPERAND == "pconv":
+            u = tl.load(
+                u_ptr + begin * U_STEP + local[:, None] * U_STEP + k[None, :],
+                mask=valid & (k < U_STEP)[None, :],
+                other=0.0,
+            )
+            a = tl.load(
+                a_ptr + begin * A_STEP + local[:, None] * A_STEP + k[None, :],
+                mask=keep,
+                other=0.0,
+            )
+            a = tl.where((k < U_STEP)[None, :], u.to(DTYPE), a.to(DTYPE))
+        elif OPERAND == "taps":
+            column = (pixel % width)[:, None] + (right - 1)[None, :]
+            row = ((pixel // width) % height)[:, None] + (down - 1)[None, :]
+            keep &= (row >= 0) & (row < height) & (column >= 0) & (column < width)
+            source = local[:, None] + ((down - 1) * width + right - 1)[None, :]
+            a = tl.load(
+                a_ptr + begin * A_STEP + source * A_STEP + channel[None, :],
+                mask=keep,
+                other=0.0,
+            )
+        else:
+            image = pixel // (out_height * out_width)
+            column = (pixel % out_width) * KERNEL_WIDTH
+            row = ((pixel // out_width) % out_height) * KERNEL_HEIGHT
+            base = tl.cast(image, tl.int64) * (height * width) * CHANNELS
+            source = (row * width + column)[:, None] + (down * width + right)[None, :]
+            if CHANNELS_LAST:
+                source = source * A_STEP + channel[None, :]
+            else:
+                source += (channel * (height * width))[None, :]
+            a = tl.load(a_ptr + base[:, None] + source, mask=keep, other=0.0)
+        acc = tl.dot(tl.trans(g.to(DTYPE)), a.to(DTYPE), acc, input_precision=PRECISION)
+    partial_ptr += tl.cast(tl.program_id(2), tl.int64) * N * K
+    tl.store(
+        partial_ptr + n[:, None] * K + k[None, :],
+        acc,
+        mask=(n < N)[:, None] & (k < K)[None, :],
+    )
+
+
+@triton.jit
+def sum_weight_kernel(
+    partial_ptr,
+    w_ptr,
+    factor_ptr,
+    dw_ptr,
+    dfactor_ptr,
+    programs,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    HAS_FACTOR: tl.constexpr,
+    NEED_W: tl.constexpr,
+    NEED_FACTOR: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One row of a weight gradient from its partial sums, times that output's factor, and the
+    factor's gradient. k = tap * CHANNELS + channel becomes PyTorch's channel * taps + tap."""
+    n = tl.program_id(0)
+    products = tl.zeros((BLOCK_K,), tl.float32)
+    for k0 in range(tl.program_id(1) * BLOCK_K, K, tl.num_programs(1) * BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        total = tl.zeros((BLOCK_K,), tl.float32)
+        for s0 in range(0, programs, BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S)[:, None]
+            part = tl.load(
+                partial_ptr + tl.cast(s, tl.int64) * N * K + n * K + k[None, :],
+                mask=(s < programs) & (k < K)[None, :],
+                other=0.0,
+            )
+            total += tl.sum(part, 0)
+        place = n * K + (k % CHANNELS) * (K // CHANNELS) + k // CHANNELS
+        if NEED_FACTOR:
+            w = tl.load(w_ptr + place, mask=k < K, other=0.0).to(tl.float32)
+            products += tl.where(k < K, w * total, 0.0)
+        if NEED_W:
+            if HAS_FACTOR:
+                total *= tl.load(factor_ptr + n).to(tl.float32)
+            tl.store(dw_ptr + place, total.to(dw_ptr.dtype.element_ty), mask=k < K)
+    if NEED_FACTOR:
+        tl.store(dfactor_ptr + n, tl.sum(products, 0))
+
+
+@triton.jit
+def patch_dx_kernel(
+    g_ptr,
+    w_ptr,
+    scale_ptr,
+    dx_ptr,
+    rows,
+    height,
+    width,
+    out_height,
+    out_width,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    G_STEP: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dx of a convolution of patches: each pixel of g gives the K = taps * channels of its own."""
+    start, k = tile_of(K, BLOCK_M, BLOCK_K)
+    local = tl.arange(0, BLOCK_M)
+    pixel = start + local
+    valid = (pixel < rows)[:, None]
+    g_ptr += tl.cast(start, tl.int64) * G_STEP
+    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    for n0 in range(0, N, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N)
+        g = tl.load(
+            g_ptr + local[:, None] * G_STEP + n[None, :],
+            mask=valid & (n < N)[None, :],
+            other=0.0,
+        )
+        if HAS_SCALE:
+            scale = tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+            g = g.to(tl.float32) * scale[None, :]
+        w = tl.load(
+            w_ptr + n[:, None] * K + k[None, :],
+            mask=(n < N)[:, None] & (k < K)[None, :],
+            other=0.0,
+        )
+        acc = tl.dot(g.to(w.dtype), w, acc, input_precision=PRECISION)
+    tap = k // CHANNELS
+    image = pixel // (out_height * out_width)
+    column = (pixel % out_width) * KERNEL_WIDTH
+    row = ((pixel // out_width) % out_height) * KERNEL_HEIGHT
+    base = tl.cast(image, tl.int64) * (height * width) * CHANNELS
+    place = (row * width + column)[:, None]
+    place += ((tap // KERNEL_WIDTH) * width + tap % KERNEL_WIDTH)[None, :]
+    tl.store(
+        dx_ptr + base[:, None] + place * CHANNELS + (k % CHANNELS)[None, :],
+        acc.to(dx_ptr.dtype.element_ty),
+        mask=valid & (k < K)[None, :],
+    )
+
+
+# ---- Launchers of one kernel ---------------------------------------------------------------------
+
+
+def _results(like: Tensor, *grads: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients for an op's return: an empty tensor stands for one that was not asked for."""
+    return tuple(like.new_empty(0) if g is None else g for g in grads)
+
+
+def _weight_gradient(
+    g: Tensor,
+    a: Tensor,
+    weight: Tensor,
+    operand: str,
+    *,
+    need_weight: bool = True,
+    factor: Tensor | None = None,
+    need_factor: bool = False,
+    u: Tensor | None = None,
+    bn: tuple[Tensor, Tensor, Tensor] = (None, None, None),
+    act: str = "identity",
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    sample: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(the weight's gradient, its factor's gradient), None where not needed.
+
+    Args:
+        g: the gradient of the convolution's output, further channels allowed, times ``factor``.
+        a, operand, u, bn, act: the convolution's input, see weight_gradient_kernel.
+        weight: PyTorch's; the result has its shape and dtype.
+        factor: (C_out) that multiplied the convolution's output, or None.
+        statistics: (z, dmean, dm2, mean) that g is completed by, or None.
+        sample: (B) that multiplies g, or None.
+    """
+    n = weight.shape[0]
+    channels, kernel_height, kernel_width = weight.shape[1:]
+    k = channels * kernel_height * kernel_width
+    channels_last = True
+    g, g_step = pixels(g)
+    if operand == "patches" and a.is_contiguous():
+        a_step, channels_last = 1, False
+    else:
+        a, a_step = pixels(a)
+        if operand == "patches" and a_step != channels:
+            a, a_step = reference.dense(a, torch.channels_last), channels
+    z, dmean, dm2, mean = statistics or (None,) * 4
+    if statistics:
+        z, z_step = pixels(z)
+        dmean, dm2, mean = vectors(dmean, dm2, mean)
+    bn = vectors(*bn)
+    rows, (block_m, most) = rows_of(g), WEIGHT_TILES[precision(weight.dtype)]
+    block_n, block_k = block(n, most), block(k, most)
+    blocks = cdiv(n, block_n), cdiv(k, block_k)
+    programs, of_each = persistent(g, rows, block_m, 2 * blocks[0] * blocks[1], least=8)
+    partial = g.new_empty((programs, n, k), dtype=torch.float32)
+    launch(
+        weight_gradient_kernel,
+        (blocks[1], blocks[0], programs),
+        g_ptr=g,
+        z_ptr=z,
+        dmean_ptr=dmean,
+        dm2_ptr=dm2,
+        g_mean_ptr=mean,
+        sample_ptr=sample,
+        a_ptr=a,
+        u_ptr=u,
+        mean_ptr=bn[0],
+        scale_ptr=bn[1],
+        shift_ptr=bn[2],
+        partial_ptr=partial,
+        rows=rows,
+        image_pixels=g.shape[2] * g.shape[3],
+        height=a.shape[2],
+        width=a.shape[3],
+        out_height=g.shape[2],
+        out_width=g.shape[3],
+        tiles_per_program=of_each,
+        N=n,
+        K=k,
+        G_STEP=g_step,
+        Z_STEP=z_step if statistics else 0,
+        A_STEP=a_step,
+        U_STEP=0 if u is None else u.shape[1],
+        STATS=statistics is not None,
+        HAS_SAMPLE=sample is not None,
+        OPERAND=operand,
+        ACT=act,
+        CHANNELS=channels,
+        KERNEL_HEIGHT=kernel_height,
+        KERNEL_WIDTH=kernel_width,
+        CHANNELS_LAST=channels_last,
+        DTYPE=TRITON_DTYPES[weight.dtype],
+        PRECISION=dot_precision(weight.dtype),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=8 if block_n * block_k > 64 * 64 else 4,
+        num_stages=3,
+    )
+    dw = torch.empty(weight.shape, dtype=weight.dtype, device=g.device) if need_weight else None
+    dfactor = g.new_empty(n, dtype=torch.float32) if need_factor else None
+    (factor,) = vectors(factor)
+    block_k = block(k, 256)
+    launch(
+        sum_weight_kernel,
+        (n, 1 if need_factor else cdiv(k, block_k)),
+        partial_ptr=partial,
+        w_ptr=weight.contiguous() if need_factor else None,
+        factor_ptr=factor,
+        dw_ptr=dw,
+        dfactor_ptr=dfactor,
+        programs=programs,
+        N=n,
+        K=k,
+        CHANNELS=channels,
+        HAS_FACTOR=factor is not None,
+        NEED_W=need_weight,
+        NEED_FACTOR=need_factor,
+        BLOCK_S=16,
+        BLOCK_K=block_k,
+        num_warps=4,
+        num_stages=2,
+    )
+    return dw, dfactor.to(factor.dtype) if need_factor else None
+
+
+def _dz(
+    grad: Tensor,
+    z: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    act: str,
+    need_z: bool,
+    need_sums: bool,
+    w_pw2: Tensor | None = None,
+    layer: Tensor | None = None,
+    sample: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(dz channels_last, sums over pixels of dt and dt * (z - mean) as (2, C_hidden)), None where
+    not needed."""
+    (grad, grad_step), (z, z_step) = pixels(grad), pixels(z)
+    mean, scale, shift, layer, sample = vectors(mean, scale, shift, layer, sample)
+    c, c_hidden, rows = grad.shape[1], z.shape[1], rows_of(z)
+    project = w_pw2 is not None
+    tile = tiles(c_hidden, c, z.dtype, columns=64)
+    blocks = cdiv(c_hidden, tile["BLOCK_N"])
+    programs, of_each = persistent(z, rows, tile["BLOCK_M"], blocks)
+    dz = empty_image(z, c_hidden, z.dtype) if need_z else None
+    partial = z.new_empty((programs, 2, c_hidden), dtype=torch.float32) if need_sums else None
+    launch(
+        dz_kernel,
+        (blocks, programs),
+        grad_ptr=grad,
+        w_ptr=w_pw2.contiguous() if project else None,
+        layer_ptr=layer,
+        sample_ptr=sample,
+        z_ptr=z,
+        mean_ptr=mean,
+        scale_ptr=scale,
+        shift_ptr=shift,
+        dz_ptr=dz,
+        partial_ptr=partial,
+        rows=rows,
+        image_pixels=z.shape[2] * z.shape[3],
+        tiles_per_program=of_each,
+        GRAD_STEP=grad_step,
+        Z_STEP=z_step,
+        C=c,
+        C_HIDDEN=c_hidden,
+        ACT=act,
+        PROJECT=project,
+        HAS_LAYER=layer is not None,
+        HAS_SAMPLE=sample is not None,
+        NEED_Z=need_z,
+        NEED_SUMS=need_sums,
+        PRECISION=dot_precision(z.dtype),
+        **tile,
+    )
+    sums = z.new_empty((2, c_hidden), dtype=torch.float32) if need_sums else None
+    if need_sums:
+        launch(
+            sum_kernel,
+            (cdiv(2 * c_hidden, 16),),
+            partial_ptr=partial,
+            out_ptr=sums,
+            programs=programs,
+            N=2 * c_hidden,
+            BLOCK_S=64,
+            BLOCK_N=16,
+            num_warps=4,
+            num_stages=2,
+        )
+    return dz, sums
+
+
+def _pconv_dx(du: Tensor, weight: Tensor, dx: Tensor, dy: Tensor | None = None) -> None:
+    """Writes the first channels of ``dx``: the transposed convolution of du's, plus dy's."""
+    du, du_step = pixels(du)
+    dy, dy_step = (None, 0) if dy is None else pixels(dy)
+    c_partial, rows = weight.shape[0], rows_of(du)
+    taps = taps_of(weight.flip(2, 3).transpose(0, 1))
+    cfg = config("pconv", (c_partial, rows), weight.dtype, device(du))
+    block_m, block_n = cfg["BLOCK_M"], min(power_of_2(c_partial), cfg["BLOCK_N"])
+    launch(
+        pconv_dx_kernel,
+        (cdiv(c_partial, block_n) * cdiv(rows, block_m),),
+        du_ptr=du,
+        taps_ptr=taps,
+        dy_ptr=dy,
+        dx_ptr=dx,
+        rows=rows,
+        height=du.shape[2],
+        width=du.shape[3],
+        DU_STEP=du_step,
+        DY_STEP=dy_step,
+        DX_STEP=dx.shape[1],
+        TAP_STEP=taps.shape[2],
+        C=du.shape[1],
+        C_PARTIAL=c_partial,
+        HAS_DY=dy is not None,
+        VECTOR=vector(du.dtype),
+        PRECISION=dot_precision(weight.dtype),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=min(power_of_2(c_partial), cfg["BLOCK_K"]),
+        num_warps=cfg["num_warps"],
+        num_stages=cfg["num_stages"],
+    )
+
+
+def _pconv_pointwise_backward(
+    dz: Tensor,
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor] | None,
+    x: Tensor,
+    w_partial: Tensor,
+    w_pw: Tensor,
+    need_x: bool,
+    need_partial: bool,
+    need_pw: bool,
+    dy: Tensor | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx plus dy in x's memory format, dw_partial, dw_pw) of conv1x1(pconv3x3(x)).
+
+    Args:
+        dz: (B, C_hidden, H, W). statistics: (z, dmean, dm2, mean) that complete it, or None.
+    """
+    image, image_step = pixels(x)
+    dz, dz_step = pixels(dz)
+    c, c_partial, c_hidden, rows = x.shape[1], w_partial.shape[0], w_pw.shape[0], rows_of(x)
+    if statistics and c >= WIDE:
+        dz, dz_step, statistics = _total(dz, *statistics, w_pw.dtype), c_hidden, None
+    dx = dw_partial = dw_pw = None
+    if need_x or need_partial:
+        z, dmean, dm2, mean = statistics or (None,) * 4
+        if statistics:
+            z, z_step = pixels(z)
+            dmean, dm2, mean = vectors(dmean, dm2, mean)
+        if need_x and dy is not None:
+            dy, dy_step = pixels(dy)
+        else:
+            dy = None
+        du = empty_image(x, round_up(c_partial, 8), w_pw.dtype)
+        dx = empty_image(x, c, x.dtype) if need_x else None
+        columns = max(c, du.shape[1]) if need_x else du.shape[1]
+        tile = tiles(columns, c_hidden, w_pw.dtype)
+        launch(
+            du_kernel,
+            (cdiv(columns, tile["BLOCK_N"]) * cdiv(rows, tile["BLOCK_M"]),),
+            dz_ptr=dz,
+            z_ptr=z,
+            dmean_ptr=dmean,
+            dm2_ptr=dm2,
+            mean_ptr=mean,
+            w_ptr=w_pw.contiguous(),
+            dy_ptr=dy,
+            du_ptr=du,
+            dx_ptr=dx,
+            rows=rows,
+            DZ_STEP=dz_step,
+            Z_STEP=z_step if statistics else 0,
+            DY_STEP=0 if dy is None else dy_step,
+            DU_STEP=du.shape[1],
+            COLUMNS=columns,
+            C=c,
+            C_PARTIAL=c_partial,
+            C_HIDDEN=c_hidden,
+            STATS=statistics is not None,
+            HAS_DY=dy is not None,
+            NEED_X=need_x,
+            PRECISION=dot_precision(w_pw.dtype),
+            **tile,
+        )
+        if need_x:
+            _pconv_dx(du, w_partial, dx, dy)
+            dx = in_format_of(dx, x)
+        if need_partial:
+            dw_partial, _ = _weight_gradient(du, image, w_partial, "taps")
+    if need_pw:
+        u = convolved_head(image, image_step, w_partial)
+        dw_pw, _ = _weight_gradient(dz, image, w_pw, "pconv", u=u, statistics=statistics)
+    return dx, dw_partial, dw_pw
+
+
+def _total(dz, z, dmean, dm2, mean, dtype: torch.dtype) -> Tensor:
+    (dz, dz_step), (z, z_step) = pixels(dz), pixels(z)
+    dmean, dm2, mean = vectors(dmean, dm2, mean)
+    c, rows, block_m, block_n = z.shape[1], rows_of(z), 64, block(z.shape[1], 128)
+    total = empty_image(z, c, dtype)
+    launch(
+        total_kernel,
+        (cdiv(c, block_n) * cdiv(rows, block_m),),
+        dz_ptr=dz,
+        z_ptr=z,
+        dmean_ptr=dmean,
+        dm2_ptr=dm2,
+        mean_ptr=mean,
+        total_ptr=total,
+        rows=rows,
+        DZ_STEP=dz_step,
+        Z_STEP=z_step,
+        C_HIDDEN=c,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=8,
+        num_stages=2,
+    )
+    return total
+
+
+# ---- The ops -------------------------------------------------------------------------------------
+
+
+def pconv3x3_backward(grad, x_partial, weight, output_mask):
+    if grad.numel() == 0:
+        return reference.pconv3x3_backward(grad, x_partial, weight, output_mask)
+    need_x, need_weight = output_mask
+    c_partial = weight.shape[0]
+    dx = dw = None
+    if need_x:
+        dx = empty_image(grad, grad.shape[1], grad.dtype).copy_(grad)
+        _pconv_dx(grad, weight, dx)
+        dx = in_format_of(dx, grad)
+    if need_weight:
+        dw, _ = _weight_gradient(grad[:, :c_partial], x_partial, weight, "taps")
+    return _results(grad, dx, dw)
+
+
+def pw_stats_backward(
+    dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask, dy=None
+) -> tuple[Tensor, ...]:
+    if x.numel() == 0:
+        return reference.pw_stats_backward(
+            dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask, dy
+        )
+    statistics = z, dmean, dm2, mean
+    return _results(
+        dz, *_pconv_pointwise_backward(dz, statistics, x, w_partial, w_pw, *output_mask, dy)
+    )
+
+
+def bn_act_backward(
+    grad, z, mean, scale, shift, act: str, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    if z.numel() == 0:
+        return reference.bn_act_backward(grad, z, mean, scale, shift, act, output_mask)
+    need_z, *need = output_mask
+    dz = sums = None
+    if any(output_mask):
+        dz, sums = _dz(grad, z, mean, scale, shift, act, need_z, any(need))
+    return _results(grad, *_from_sums(dz, sums, z, mean, scale, shift, *need))
+
+
+def _from_sums(dz, sums, z, mean, scale, shift, need_mean, need_scale, need_shift):
+    """(dz, dmean, dscale, dshift) from what _dz returns."""
+    return (
+        None if dz is None else in_format_of(dz, z),
+        (-scale * sums[0]).to(mean.dtype) if need_mean else None,
+        sums[1].to(scale.dtype) if need_scale else None,
+        sums[0].to(shift.dtype) if need_shift else None,
+    )
+
+
+def act_pw_residual_backward(
+    grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act: str, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    if z.numel() == 0:
+        return reference.act_pw_residual_backward(
+            grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask
+        )
+    need_z, *need, need_pw2, need_layer, need_sample = output_mask
+    dz = sums = dw_pw2 = dlayer = dsample = None
+    if need_z or any(need):
+        dz, sums = _dz(
+            grad,
+            z,
+            mean,
+            scale,
+            shift,
+            act,
+            need_z,
+            any(need),
+            w_pw2,
+            layer_scale,
+            sample_scale,
+        )
+    if need_sample:
+        # Nobody trains it: a plain product of the gradient and the branch will do.
+        branch = empty_image(grad, grad.shape[1], torch.float32)
+        project(branch, None, z, mean, scale, shift, w_pw2, layer_scale, None, act)
+        dsample = branch.mul_(grad).sum((1, 2, 3)).to(sample_scale.dtype)
+    if need_pw2 or need_layer:
+        (sample,) = vectors(sample_scale)
+        dw_pw2, dlayer = _weight_gradient(
+            grad,
+            z,
+            w_pw2,
+            "act",
+            need_weight=need_pw2,
+            factor=layer_scale,
+            need_factor=need_layer,
+            bn=(mean, scale, shift),
+            act=act,
+            sample=sample,
+        )
+    grads = _from_sums(dz, sums, z, mean, scale, shift, *need)
+    return _results(grad, *grads, dw_pw2, dlayer, dsample)
+
+
+def bn_act_recompute_backward(
+    grad, x, mean, scale, shift, w_partial, w, act: str, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    if grad.numel() == 0:
+        return reference.bn_act_recompute_backward(
+            grad, x, mean, scale, shift, w_partial, w, act, output_mask
+        )
+    if w_partial is None:
+        from . import kernel
+
+        z = kernel("patch_conv")(x, w, None, None, True)
+    else:
+        z = in_format_of(pconv_pointwise(x, w_partial, w, stats=False)[0], x)
+    return z, *bn_act_backward(grad, z, mean, scale, shift, act, output_mask)
+
+
+def act_pw_residual_recompute_backward(
+    grad,
+    x,
+    mean,
+    scale,
+    shift,
+    w_partial,
+    w_pw1,
+    w_pw2,
+    layer_scale,
+    sample_scale,
+    act: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    if grad.numel() == 0:
+        return reference.act_pw_residual_recompute_backward(
+            grad,
+            x,
+            mean,
+            scale,
+            shift,
+            w_partial,
+            w_pw1,
+            w_pw2,
+            layer_scale,
+            sample_scale,
+            act,
+            output_mask,
+        )
+    z = in_format_of(pconv_pointwise(x, w_partial, w_pw1, stats=False)[0], x)
+    return z, *act_pw_residual_backward(
+        grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask
+    )
+
+
+def _scale_and_shift(z: Tensor, scale: Tensor | None, shift: Tensor | None):
+    """z * scale + shift as a batch norm (mean, scale, shift)."""
+    zeros = z.new_zeros(z.shape[1], dtype=torch.float32)
+    return (
+        zeros,
+        torch.ones_like(zeros) if scale is None else scale,
+        zeros if shift is None else shift,
+    )
+
+
+def pconv_pw_backward(
+    grad, x, w_partial, w_pw, scale, shift, act: str, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    if grad.numel() == 0:
+        return reference.pconv_pw_backward(grad, x, w_partial, w_pw, scale, shift, act, output_mask)
+    *convolution, need_scale, need_shift = output_mask
+    z, _, _ = pconv_pointwise(x, w_partial, w_pw, stats=False)
+    bn = _scale_and_shift(z, scale, shift)
+    dz, _, dscale, dshift = bn_act_backward(
+        grad, z, *bn, act, [any(convolution), False, need_scale, need_shift]
+    )
+    grads = _pconv_pointwise_backward(dz, None, x, w_partial, w_pw, *convolution, None)
+    return *_results(grad, *grads), dscale, dshift
+
+
+def block_backward(
+    grad,
+    x,
+    w_partial,
+    w_pw1,
+    w_pw2,
+    scale,
+    shift,
+    layer_scale,
+    sample_scale,
+    act: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    if grad.numel() == 0:
+        return reference.block_backward(
+            grad,
+            x,
+            w_partial,
+            w_pw1,
+            w_pw2,
+            scale,
+            shift,
+            layer_scale,
+            sample_scale,
+            act,
+            output_mask,
+        )
+    need_x, need_partial, need_pw1, need_pw2, need_scale, need_shift, *others = output_mask
+    convolution = need_x, need_partial, need_pw1
+    z, _, _ = pconv_pointwise(x, w_partial, w_pw1, stats=False)
+    mask = [any(convolution), False, need_scale, need_shift, need_pw2, *others]
+    dz, _, dscale, dshift, dw_pw2, dlayer, dsample = act_pw_residual_backward(
+        grad, z, *_scale_and_shift(z, scale, shift), w_pw2, layer_scale, sample_scale, act, mask
+    )
+    dx, dw_partial, dw_pw1 = _results(
+        grad, *_pconv_pointwise_backward(dz, None, x, w_partial, w_pw1, *convolution, grad)
+    )
+    return dx, dw_partial, dw_pw1, dw_pw2, dscale, dshift, dlayer, dsample
+
+
+def patch_conv_backward(
+    grad, x, weight, scale, shift, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    if grad.numel() == 0:
+        return reference.patch_conv_backward(grad, x, weight, scale, shift, output_mask)
+    need_x, need_weight, need_scale, need_shift = output_mask
+    n, c, kernel_height, kernel_width = weight.shape
+    height, width = x.shape[2:]
+    dx = dw = dscale = dshift = None
+    if need_x:
+        g, g_step = pixels(grad)
+        dx = empty_image(x, c, x.dtype)
+        if height % kernel_height or width % kernel_width:
+            dx.zero_()
+        k = c * kernel_height * kernel_width
+        rows, tile = rows_of(g), tiles(k, n, weight.dtype)
+        block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_K"], tile["BLOCK_N"]
+        (scales,) = vectors(scale)
+        launch(
+            patch_dx_kernel,
+            (cdiv(k, block_k) * cdiv(rows, block_m),),
+            g_ptr=g,
+            w_ptr=weight.permute(0, 2, 3, 1).contiguous(),
+            scale_ptr=scales,
+            dx_ptr=dx,
+            rows=rows,
+            height=height,
+            width=width,
+            out_height=g.shape[2],
+            out_width=g.shape[3],
+            N=n,
+            K=k,
+            CHANNELS=c,
+            KERNEL_WIDTH=kernel_width,
+            KERNEL_HEIGHT=kernel_height,
+            G_STEP=g_step,
+            HAS_SCALE=scale is not None,
+            PRECISION=dot_precision(weight.dtype),
+            BLOCK_M=block_m,
+            BLOCK_N=block_n,
+            BLOCK_K=block_k,
+            num_warps=tile["num_warps"],
+            num_stages=tile["num_stages"],
+        )
+        dx = in_format_of(dx, x)
+    if need_weight or need_scale:
+        dw, dscale = _weight_gradient(
+            grad,
+            x,
+            weight,
+            "patches",
+            need_weight=need_weight,
+            factor=scale,
+            need_factor=need_scale,
+        )
+    if need_shift:
+        dshift = grad.sum((0, 2, 3), dtype=torch.float32).to(shift.dtype)
+    return _results(grad, dx, dw, dscale, dshift)
+
+
+KERNELS = {
+    "pconv3x3_backward": pconv3x3_backward,
+    "pw_stats_backward": pw_stats_backward,
+    "bn_act_backward": bn_act_backward,
+    "bn_act_recompute_backward": bn_act_recompute_backward,
+    "act_pw_residual_backward": act_pw_residual_backward,
+    "act_pw_residual_recompute_backward": act_pw_residual_recompute_backward,
+    "pconv_pw_backward": pconv_pw_backward,
+    "block_backward": block_backward,
+    "patch_conv_backward": patch_conv_backward,
+}

@@ -1,0 +1,369 @@
+"""The Triton kernels of training and of every backward pass, in Triton's interpreter on CPU tensors
+(float32 and float16: its bfloat16 products are wrong), against float64."""
+
+import pytest
+import torch
+from cases import (
+    DTYPES,
+    EDGES,
+    FORMATS,
+    NETWORKS,
+    Case,
+    assert_right,
+    double,
+    image,
+    randn,
+    weights,
+)
+
+from fasternet_kernels import reference
+from fasternet_kernels.reference import ACTS
+from fasternet_kernels.triton import common, kernel, training
+
+# Every stage's channels, few pixels.
+STAGES = [
+    Case(2, width << stage, 3, 4 - stage % 2, act="gelu" if name in ("t0", "t1") else "relu")
+    for name, width in NETWORKS.items()
+    for stage in range(4)
+]
+SMALL = Case(2, 24, 5, 6, act="gelu")
+# More than a tile of pixels, and C_partial that is no multiple of 8.
+TILES = [Case(3, 40, 11, 9, act="gelu"), Case(2, 13, 12, 13, n_div=3, act="silu")]
+FLOATS = ["fp32", "fp16"]
+
+
+@pytest.fixture
+def shipped_tiles(monkeypatch):
+    """The tiles that run on a GPU, not the interpreter's: several blocks of columns."""
+    monkeypatch.setattr(training, "ALL_COLUMNS", False)
+
+
+@pytest.fixture
+def few_programs():
+    """A grid of few programs, each with several tiles of pixels."""
+    with common.pretend(multiprocessors=1):
+        yield
+
+
+def arguments(case, dtype, fmt=torch.channels_last):
+    """name -> (arguments, position of the mask or None, how many gradients)."""
+    x, w = image(case, dtype, fmt), weights(case, dtype)
+    partial, pw1, pw2 = w["w_partial"], w["w_pw1"], w["w_pw2"]
+    shape = case.batch, case.c_hidden, case.height, case.width
+    z = randn(*shape, seed=21, dtype=dtype).to(memory_format=fmt)
+    mean = randn(case.c_hidden, seed=22)
+    vectors = mean, w["scale"], w["shift"]
+    dstats = [randn(case.c_hidden, seed=s, scale=0.1) for s in (45, 46)]
+    dy, dz = (randn(*t.shape, seed=s, dtype=dtype) for t, s in ((x, 47), (z, 48)))
+    dy, dz = dy.to(memory_format=fmt), dz.to(memory_format=fmt)
+    scales = w["layer_scale"], w["sample_scale"]
+    none = None, None
+    act = case.act
+    cp = case.c_partial
+    return {
+        "pw_stats": ((x, partial, pw1), 0),
+        "bn_act": ((z, *vectors, act), 0),
+        "act_pw_residual": ((x, z, *vectors, pw2, *scales, act), 0),
+        "act_pw_residual bare": ((x, z, *vectors, pw2, *none, act), 0),
+        "pconv3x3_backward": ((dy, x[:, :cp], partial), 2),
+        "pw_stats_backward": ((dz, *dstats, x, z, mean, partial, pw1), 3, dy),
+        "pw_stats_backward alone": ((dz, *dstats, x, z, mean, partial, pw1), 3),
+        "bn_act_backward": ((dz, z, *vectors, act), 4),
+        "bn_act_recompute_backward": ((dz, x, *vectors, partial, pw1, act), 4),
+        "act_pw_residual_backward": ((dy, z, *vectors, pw2, *scales, act), 7),
+        "act_pw_residual_backward bare": ((dy, z, *vectors, pw2, *none, act), 5),
+        "act_pw_residual_recompute_backward": (
+            (dy, x, *vectors, partial, pw1, pw2, *scales, act),
+            7,
+        ),
+        "pconv_pw_backward": ((dz, x, partial, pw1, w["scale"], w["shift"], act), 5),
+        "pconv_pw_backward bare": ((dz, x, partial, pw1, *none, act), 3),
+        "block_backward": (
+            (dy, x, partial, pw1, pw2, w["scale"], w["shift"], *scales, act),
+            8,
+        ),
+        "block_backward bare": ((dy, x, partial, pw1, pw2, *none, *none, act), 4),
+    }
+
+
+NAMES = list(arguments(Case(1, 8, 2, 2), torch.float32))
+BACKWARD = [name for name in NAMES if "backward" in name]
+PARITY = [name for name in NAMES if "recompute" not in name]  # whose bits have a test of their own
+STAGE_NAMES = [name for name in PARITY if len(name.split()) == 1]
+
+
+def outputs_of(name):
+    """How many tensors the op's mask speaks of."""
+    schema = getattr(torch.ops.fasternet_kernels, name.split()[0]).default._schema
+    return len(schema.returns) - ("recompute" in name)
+
+
+def run(fn, name, call, mask=None):
+    args, n, *after = call
+    if n:
+        args = (*args, [i < n for i in range(outputs_of(name))] if mask is None else mask, *after)
+    found = fn(*args)
+    return found if isinstance(found, tuple) else (found,)
+
+
+def in_order_statistics(z):
+    """(mean, m2) of each channel, one pixel after another in float32 (Welford's method)."""
+    rows = z.float().permute(0, 2, 3, 1).flatten(0, 2)
+    mean, m2 = torch.zeros_like(rows[0]), torch.zeros_like(rows[0])
+    for n, row in enumerate(rows, 1):
+        delta = row - mean
+        mean = mean + delta / n
+        m2 = m2 + delta * (row - mean)
+    return mean, m2
+
+
+def in_order_sums(name, call):
+    """(dmean, dscale, dshift) of dz's ops: their exact terms added one pixel after another."""
+    args, n, *after = double(call)
+    z, mean, scale, *_ = args[1:]
+    dz = run(getattr(reference, name.split()[0]), name, (args, n, *after))[0]
+    dt, centred = dz / scale[:, None, None], z - mean[:, None, None]
+    dscale, dshift = (
+        t.float().permute(0, 2, 3, 1).flatten(0, 2).cumsum(0)[-1] for t in (dt * centred, dt)
+    )
+    return (-scale * dshift).float(), dscale, dshift
+
+
+def check(name, call):
+    """The kernel against the reference in float64, beside the reference in the same dtype and, for
+    sums over pixels, a plain loop."""
+    op = name.split()[0]
+    before = [t.clone() if isinstance(t, torch.Tensor) else t for t in call[0]]
+    got = run(kernel(op), name, call)
+    for t, old in zip(call[0], before):
+        assert not isinstance(t, torch.Tensor) or torch.equal(t, old), "an input was changed"
+    exact = list(run(getattr(reference, op), name, double(call)))
+    eager = run(getattr(reference, op), name, call)
+    rivals = [[e] for e in eager]
+    if op == "pw_stats":  # the statistics are those of z as stored
+        exact[1:] = reference.statistics(got[0].double())
+        for i, rival in enumerate(reference.statistics(got[0]), 1):
+            rivals[i] = [rival, lambda i=i: in_order_statistics(got[0])[i - 1]]
+    if op in ("bn_act_backward", "act_pw_residual_backward"):
+        for i in (1, 2, 3):
+            rivals[i].append(lambda i=i: in_order_sums(name, call)[i - 1])
+    for i, (g, e, of_same_dtype) in enumerate(zip(got, exact, rivals, strict=True)):
+        assert_right(g, e, *of_same_dtype, what=f"{name}: output {i}")
+        assert g.dtype == eager[i].dtype
+        assert g.stride() == eager[i].stride(), f"{name}: strides of output {i}"
+    return got
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("case", STAGES, ids=lambda c: c.id)
+def test_stages(case, dtype):
+    """Every kernel at every stage's channels of T0 to L."""
+    calls = arguments(case, DTYPES[dtype])
+    for name in STAGE_NAMES:
+        check(name, calls[name])
+
+
+@pytest.mark.parametrize("case, dtype", zip(TILES, FLOATS), ids=FLOATS)
+@pytest.mark.parametrize("name", PARITY)
+def test_many_tiles(name, case, dtype, few_programs):
+    """Several tiles of pixels in a program, and several programs."""
+    check(name, arguments(case, DTYPES[dtype])[name])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("channels", [80, 144, 272])
+def test_shipped_tiles(channels, dtype, shipped_tiles):
+    """Several blocks of channels; both places where the partial convolution runs; from 256 channels
+    on the gradient of z in memory."""
+    calls = arguments(Case(1, channels, 3, 5), DTYPES[dtype])
+    for name in STAGE_NAMES:
+        check(name, calls[name])
+
+
+@pytest.mark.parametrize(
+    "case", [c for c in EDGES if c.channels < 100 and c.width < 100], ids=lambda c: c.id
+)
+def test_edges(case):
+    calls = arguments(case, torch.float32)
+    for name in STAGE_NAMES:
+        if case.batch or name != "pw_stats":
+            check(name, calls[name])
+
+
+@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize(
+    "name", ["bn_act", "act_pw_residual", "bn_act_backward", "act_pw_residual_backward"]
+)
+def test_acts(name, act):
+    """With values at the activations' kinks, and NaN and infinities where bn_act has them."""
+    call = arguments(Case(2, 8, 4, 4, act=act), torch.float32)[name]
+    z = call[0][1 if name.startswith("act") else 0 if name == "bn_act" else 1]
+    mean, scale, shift = (t for t in call[0] if isinstance(t, torch.Tensor) and t.shape == (16,))
+    mean[:6], scale[:6], shift[:6] = 0, 1, 0
+    z[0, :5, 0, 0] = torch.tensor([0.0, -0.0, 3.0, -3.0, 20.0])
+    if "residual" not in name:
+        z[0, :3, 1, 1] = torch.tensor([float("nan"), float("inf"), -float("inf")])
+    if name == "bn_act_backward":
+        # A sum with a NaN or an infinity is not to be compared.
+        call = (call[0], 1)
+    check(name, call)
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_output_masks(name):
+    """Each gradient alone, and all but it, is what it is among all; the others are empty."""
+    call = arguments(SMALL, torch.float32)[name]
+    n, outputs = call[1], outputs_of(name)
+    op = kernel(name.split()[0])
+    everything = run(op, name, call)
+    first = len(everything) - outputs
+    for i in range(n):
+        for mask in ([j == i for j in range(outputs)], [j != i and j < n for j in range(outputs)]):
+            found = run(op, name, call, mask)
+            for j, need in enumerate(mask):
+                if need:
+                    assert torch.equal(found[first + j], everything[first + j])
+                else:
+                    assert found[first + j].numel() == 0
+    assert all(t.numel() == 0 for t in run(op, name, call, [False] * outputs)[first:])
+
+
+@pytest.mark.parametrize("kind", ["nchw", "expanded", "strided", "slice"])
+@pytest.mark.parametrize("name", BACKWARD)
+def test_layouts_of_the_gradient(name, kind):
+    """The incoming gradient, and dy, in any layout: the bits do not change."""
+    args, n, *after = arguments(SMALL, torch.float32)[name]
+    make = {
+        "nchw": lambda g: g.contiguous(),
+        "expanded": lambda g: g[:1, :1, :1, :1].expand(g.shape),
+        "strided": lambda g: torch.stack((g, g), dim=-1)[..., 0],
+        "slice": lambda g: torch.cat((g, g), 1)[:, 3 : 3 + g.shape[1]],
+    }[kind]
+    layouts = []
+    for dense in (False, True):
+        changed = [make(g) for g in (args[0], *after)]
+        if dense:
+            changed = [g.contiguous(memory_format=torch.channels_last) for g in changed]
+        layouts.append(
+            run(kernel(name.split()[0]), name, ((changed[0], *args[1:]), n, *changed[1:]))
+        )
+    for a, b in zip(*layouts, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_nchw(name):
+    """Images in PyTorch's default layout come out in it."""
+    check(name, arguments(SMALL, torch.float32, FORMATS["nchw"])[name])
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_mixed_dtypes(name):
+    """Under autocast: the block's input in float32 beside weights and z in float16."""
+    args, n, *after = arguments(SMALL, torch.float16)[name]
+    shape = (SMALL.batch, SMALL.channels, SMALL.height, SMALL.width)
+    args, after = (
+        [t.float() if isinstance(t, torch.Tensor) and t.shape == shape else t for t in ts]
+        for ts in (args, after)
+    )
+    check(name, (tuple(args), n, *after))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    "channels, kernel, size, fmt",
+    [(3, (4, 4), (9, 14), "nchw"), (3, (4, 4), (8, 8), "nhwc"), (40, (2, 2), (6, 5), "nhwc")],
+    ids=["stem", "stem-nhwc", "merging"],
+)
+def test_patch_conv_backward(channels, kernel, size, fmt, dtype):
+    """Pixels that no patch covers have a gradient of zero."""
+    dtype = DTYPES[dtype]
+    x = randn(3, channels, *size, seed=1, dtype=dtype).to(memory_format=FORMATS[fmt])
+    weight = randn(24, channels, *kernel, seed=2, dtype=dtype, scale=0.2)
+    grad = randn(3, 24, size[0] // kernel[0], size[1] // kernel[1], seed=3, dtype=dtype)
+    scale, shift = (randn(24, seed=s) for s in (4, 5))
+    check("patch_conv_backward", ((grad, x, weight, scale, shift), 4))
+    check("patch_conv_backward", ((grad, x, weight, None, None), 2))
+
+
+@pytest.mark.parametrize(
+    "lean", ["bn_act_recompute_backward", "act_pw_residual_recompute_backward"]
+)
+def test_recompute(lean):
+    """z has the bits of pw_stats, and the gradients those of the op that is given it."""
+    args, n = arguments(SMALL, torch.float16)[lean]
+    grad, x, *vectors, partial, pw1 = args[:7]
+    z = kernel("pw_stats")(x, partial, pw1)[0]
+    plain = kernel(lean.replace("_recompute", ""))
+    expected = (z, *plain(grad, z, *vectors, *args[7:], [True] * n))
+    for a, b in zip(run(kernel(lean), lean, (args, n)), expected, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("batch, size", [(5, 12), (1, 1), (2, 2)])
+def test_statistics_of_a_large_mean(batch, size, dtype, few_programs):
+    """Mean 1e4 (float16: 1e3) and standard deviation 1: sums of squares would leave no digit."""
+    case = Case(batch, 24, size, size)
+    x, w = image(case, DTYPES[dtype]), weights(case, DTYPES[dtype])
+    x[:, -1], w["w_pw1"][:, -1] = 1e4 if dtype == "fp32" else 1e3, 1
+    _, mean, _ = check("pw_stats", ((x, w["w_partial"], w["w_pw1"]), 0))
+    assert mean.min() > 9e2
+
+
+def test_gradients_beside_a_large_mean():
+    calls = arguments(SMALL, torch.float32)
+    for name in ("pw_stats_backward", "bn_act_backward", "act_pw_residual_backward"):
+        args = calls[name][0]
+        args[4 if name == "pw_stats_backward" else 1].add_(1e4)
+        args[5 if name == "pw_stats_backward" else 2].add_(1e4)
+        check(name, calls[name])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_masked_does_not_spread(value):
+    """A NaN or an infinity beside the convolved channels, or in another image, stays where the
+    reference has it: operands are masked, not multiplied by zero."""
+    case = Case(2, 24, 5, 6, n_div=4)  # 6 convolved channels of 8 that are read
+    for channel, pixel in ((6, (0, 0)), (7, (4, 5)), (2, (0, 5))):
+        x, w = image(case), weights(case)
+        x[0, channel, pixel[0], pixel[1]] = value
+        z, *_ = kernel("pw_stats")(x, w["w_partial"], w["w_pw1"])
+        exact = reference.pw_stats(*double((x, w["w_partial"], w["w_pw1"])))[0]
+        assert torch.equal(z.isfinite(), exact.isfinite())
+        grad = x.clone()
+        dx, dw = kernel("pconv3x3_backward")(grad, image(case)[:, :6], w["w_partial"], [True] * 2)
+        exact = reference.pconv3x3_backward(
+            *double((grad, image(case)[:, :6], w["w_partial"])), [True] * 2
+        )
+        assert torch.equal(dx.isfinite(), exact[0].isfinite())
+        if channel >= 6:
+            assert dw.isfinite().all()
+
+
+def test_the_same_bits_on_every_run(few_programs):
+    calls = arguments(TILES[0], torch.float32)
+    for name in NAMES:
+        a, b = (run(kernel(name.split()[0]), name, calls[name]) for _ in range(2))
+        assert all(torch.equal(s, t) for s, t in zip(a, b))
+
+
+def meta(value):
+    if isinstance(value, torch.Tensor):
+        return value.to("meta")
+    return type(value)(map(meta, value)) if isinstance(value, (list, tuple)) else value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_recorded_on_meta_tensors(name, shipped_tiles):
+    """Launchers need no data, so they never wait for a GPU, and outputs are as the fakes say."""
+    call = meta(arguments(Case(2, 320, 7, 7), torch.bfloat16)[name])
+    with common.record() as launches:
+        got = run(kernel(name.split()[0]), name, call)
+    assert launches
+    for launch in launches:
+        assert all(0 < n < 2**31 for n in launch.grid)
+        assert all(n < 2**16 for n in launch.grid[1:])
+    fakes = run(getattr(torch.ops.fasternet_kernels, name.split()[0]), name, call)
+    for g, f in zip(got, fakes, strict=True):
+        assert g.shape == f.shape and g.dtype == f.dtype and g.stride() == f.stride()
