@@ -449,6 +449,7 @@ void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int
       for (int64_t n0 = 0; n0 < n_padded; n0 += kWidth) {
         const int64_t lanes = clip(kWidth, n_padded - n0), valid = clip(lanes, n - n0);
         const S* const source = w + n0 + i * k_stride;
+        __builtin_prefetch(source + kRun * k_stride);  // each row of a wide weight lies in a page of its own
         T* const row = out + n0 * k + i * lanes;
         if (valid == kWidth) {
           for (int64_t lane = 0; lane < kWidth; ++lane) row[lane] = to_compute(source[lane]) * factor;
