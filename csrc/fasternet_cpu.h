@@ -23,7 +23,7 @@ namespace fasternet {
 // double.
 enum class DType : int { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2 };
 enum class Act : int { kIdentity = 0, kRelu = 1, kGelu = 2, kGeluTanh = 3, kSilu = 4, kHardswish = 5 };
-enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kNeon = 3 };
 
 // Parses "relu", "gelu", "gelu_tanh", "silu", "hardswish", "identity". Throws std::invalid_argument.
 Act parse_act(const std::string& name);
@@ -33,7 +33,8 @@ const char* isa_name(Isa isa);
 
 std::vector<Isa> available_isas();  // those compiled in that this processor runs, slowest first
 // The one in use: the fastest available, or what the environment variable FASTERNET_KERNELS_ISA names (generic, avx2,
-// avx512), chosen once. Throws std::runtime_error if that is unknown or not available; the next call then looks again.
+// avx512, neon), chosen once. Throws std::runtime_error if that is unknown or not available; the next call then looks
+// again.
 Isa selected_isa();
 std::string compiler();  // name and version of the compiler that built the kernels
 
@@ -54,16 +55,20 @@ ParallelFor serial();  // everything on the calling thread
 
 // One GEMM operand in the order the kernels read it, the same on every instruction set: panels of 16 output channels (8
 // in double), each laid out as K rows of one cache line, a last panel of half that width where that suffices; then the
-// shift. K runs over (kernel row, kernel column, input channel).
+// shift. K runs over (kernel row, kernel column, input channel). PConv's weight is packed with its kernel columns as
+// outputs of their own, `columns_as_outputs`: kw * n outputs (kernel column, output channel), without scale or shift,
+// and K over (kernel row, input channel).
 struct Weight {
   const void* data = nullptr;  // (n, c, kh, kw), contiguous
   DType dtype = DType::kFloat32;
   int64_t n = 0, c = 0, kh = 1, kw = 1;
   const void* scale = nullptr;  // (n) or null, compute type: multiplies each output channel's weights, in double
   const void* shift = nullptr;  // (n) or null, compute type
+  bool columns_as_outputs = false;
 };
 int64_t packed_size(DType dtype, int64_t n, int64_t k);  // elements of the compute type; a multiple of a cache line
-void pack(const Weight& weight, void* packed);           // weight.dtype kFloat64 packs double, the others float
+int64_t packed_size(const Weight& weight);
+void pack(const Weight& weight, void* packed);  // weight.dtype kFloat64 packs double, the others float
 
 // ---- Operators ------------------------------------------------------------------------------------------------------
 
@@ -77,7 +82,7 @@ struct PConv3x3 {
   int64_t x_stride[4];
   void* y;
   int64_t y_stride[4];
-  const void* packed;  // Weight(c_partial, c_partial, 3, 3)
+  const void* packed;  // Weight(c_partial, c_partial, 3, 3) with columns_as_outputs
 };
 void pconv3x3(const PConv3x3& args, const ParallelFor& parallel);
 
@@ -89,7 +94,7 @@ struct PConvPw {
   int64_t x_pixel_stride;
   void* y;
   int64_t y_pixel_stride;
-  const void* packed;  // Weight(c_partial, c_partial, 3, 3), then Weight(c_out, channels, 1, 1)
+  const void* packed;  // that of PConv3x3, then Weight(c_out, channels, 1, 1)
   Act act;
 };
 void pconv_pw(const PConvPw& args, const ParallelFor& parallel);
@@ -106,7 +111,7 @@ struct Block {
   int64_t residual_pixel_stride;
   void* y;  // must not overlap x
   int64_t y_pixel_stride;
-  const void* packed;        // (c_partial, c_partial, 3, 3), (c_hidden, channels, 1, 1), (channels, c_hidden, 1, 1)
+  const void* packed;        // that of PConv3x3, Weight(c_hidden, channels, 1, 1), Weight(channels, c_hidden, 1, 1)
   const void* sample_scale;  // (batch) in the compute type, or null
   Act act;
 };
@@ -165,6 +170,60 @@ std::vector<FeatureShape> network_outputs(const Network& args);
 // outputs[i] is dense channels-last memory of the i-th of network_outputs.
 void network(const Network& args, void* const* outputs, const ParallelFor& parallel);
 
+// ---- The machine ----------------------------------------------------------------------------------------------------
+
+// What the machine could do at best: operations per second (two for a multiply-add) of independent float multiply-adds
+// in registers, on the vectors of selected_isa() and on all of parallel's threads, over about `seconds`.
+double fma_peak(double seconds, const ParallelFor& parallel);
+// ---- Plan files -----------------------------------------------------------------------------------------------------
+
+// A network plan with its packed weights in one file, as fasternet_kernels.export_plan writes it. Numbers are in the
+// writer's byte order, which the mark tells; weights begin at multiples of 64 bytes.
+//
+//   header   96 bytes   magic "FNETPLAN", u32 mark 0x01020304, u32 version, u64 bytes of the file, u32 dtype (DType),
+//                       u32 flags (kPlanSequence), u32 channels of the input, u32 n_steps, u32 n_outputs, u32 bytes of
+//                       the writer's name, 40 bytes of zeros, u32 zero, u32 CRC-32 (zlib's) of all bytes but these 4
+//   steps    64 each    u32 kind, u32 act, u32 flags (none is known yet), u32 zero, i64 a, b, c as in NetworkStep, u64
+//                       offset and u64 bytes of the packed weights in the file, u64 zero
+//   outputs  32 each    u32 1 for a head's (batch, channels), 0 for a feature map; u32 zero, i64 channels, i64 rows and
+//                       i64 columns of the input per row and column of the map, 0 for a head
+//   writer              UTF-8, then zeros up to a multiple of 64 bytes from the beginning of the file
+//   weights             each step's pack in the compute type
+constexpr uint32_t kPlanVersion = 1;
+constexpr uint32_t kPlanSequence = 1;  // the outputs are a sequence even where there is only one
+
+struct PlanOutput {
+  int64_t channels, row_stride, column_stride;  // strides are 0 for the (batch, channels) output of a head
+};
+
+// A plan read from a file, with its own copy of the weights. Never changes: any number of threads may use it at once.
+class Plan {
+ public:
+  // Reads and checks the whole file; throws std::runtime_error that says what is wrong, where, and what was expected.
+  explicit Plan(const std::string& path);
+  ~Plan();
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+
+  DType dtype() const { return dtype_; }
+  int64_t channels() const { return channels_; }
+  bool sequence() const { return sequence_; }
+  const std::vector<NetworkStep>& steps() const { return steps_; }
+  const std::vector<PlanOutput>& outputs() const { return outputs_; }
+  const std::string& writer() const { return writer_; }  // name and version of the library that wrote the file
+
+  // The argument of network(): these images through this plan.
+  Network network(int64_t batch, int64_t height, int64_t width, const void* x, const int64_t x_stride[4]) const;
+
+ private:
+  DType dtype_ = DType::kFloat32;
+  int64_t channels_ = 0;
+  bool sequence_ = false;
+  std::vector<NetworkStep> steps_;
+  std::vector<PlanOutput> outputs_;
+  std::string writer_;
+  char* data_ = nullptr;  // the file, 64-byte aligned
+};
 // ---- Training -------------------------------------------------------------------------------------------------------
 
 // A training step of a block is pw_stats, then the batch norm's vectors (the caller's, who may combine statistics of

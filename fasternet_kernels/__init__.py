@@ -9,6 +9,7 @@ from . import models  # noqa: E402
 from .accelerate import Report, accelerate, report, restore  # noqa: E402
 from .modules import FasterNetBlock, PConv, PConvPW, repack  # noqa: E402
 from .ops import fasternet_block, pconv3x3, pconv3x3_, pconv_pw  # noqa: E402
+from .plan import export_plan  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -18,6 +19,7 @@ __all__ = [
     "PConvPW",
     "Report",
     "accelerate",
+    "export_plan",
     "fasternet_block",
     "library",
     "models",

@@ -14,7 +14,9 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +29,17 @@ from .modules import (
     FusedPatchConv,
     PackingModule,
     PConv,
-    Sources,
     act_name,
-    autocast_dtype,
     hooked,
     must_run_plainly,
 )
-from .reference import ACTS, BLOCK, HEAD, PATCH_CONV, compute_dtype
+from .reference import ACTS, BLOCK, EMIT, HEAD, PATCH_CONV, compute_dtype
 from .training import NORMS, process_group, uses_batch_statistics
+from .watch import Watch, attributes, has
 
 _ops = torch.ops.fasternet_kernels
+_network = _ops.network.default
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 _FUSED_TRAINING = [kind for kind in ("cpu", "cuda") if library.has_kernel("pw_stats", kind)]
 _TOLERANCE = 1e-10  # relative, in float64: what differs by more computes something else
 
@@ -580,13 +583,13 @@ class SwappedNetwork(_Swapped):
     def fused(self, x):
         network = self.__dict__[_NETWORK]
         unfused = (
-            torch.compiler.is_compiling()
-            or torch.is_grad_enabled()
+            torch.is_grad_enabled()
             or self.training
+            or torch.compiler.is_compiling()
             or network.model is not self  # a shallow copy, as DataParallel makes
             or not isinstance(x, Tensor)
             or x.dim() != 4
-            or x.device.type != "cpu"
+            or not x.is_cpu
             or must_run_plainly()
             or _get_current_dispatch_mode() is not None
         )
@@ -596,13 +599,15 @@ class SwappedNetwork(_Swapped):
         plan = network.plan()
         if plan is None:
             return self.original(x)
-        cast = autocast_dtype(x)
-        weight = network.stem_weight()
-        fits = x.shape[1] == weight.shape[1] and x.device == weight.device
-        if not fits or not _large_enough(x, plan[1]) or (cast is None and x.dtype != weight.dtype):
+        dtype = x.dtype
+        cast = torch.is_autocast_enabled("cpu") and torch.float64 not in (dtype, plan.dtype)
+        if (dtype != plan.dtype and not cast) or not plan.fits(x):
             return self.original(x)  # whose modules say what is wrong
-        (logits,) = _ops.network(x if cast is None else x.to(cast), *plan)
-        return logits
+        if cast:
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        with _BelowAutograd():  # no gradients are wanted, and its kernel in Python takes its time
+            outputs = _network(x, plan.packs, plan.steps)
+        return outputs[0] if plan.collect is None else plan.collect(outputs)
 
     def drop_pack(self) -> None:
         """Forgets the plan; the next call makes a new one from the packs of the modules."""
@@ -613,45 +618,89 @@ SwappedNetwork.mixin = SwappedNetwork
 _NETWORK = "_fasternet_kernels_network"
 
 
-class _Network:
-    """The chain of a recognised network, in the model's ``__dict__``."""
+class NetworkPlan(NamedTuple):
+    """What the network op is called with, and for which calls."""
 
-    def __init__(self, model: nn.Module, chain: list[str], conv: str, fc: str, act: str):
+    watch: Watch
+    packs: list[Tensor]
+    steps: list[int]
+    dtype: torch.dtype
+    channels: int
+    patches: tuple[tuple[int, int], ...]  # kernel sizes of the patch convolutions, in order
+    collect: type | None  # list or tuple: of the outputs; None: the one output itself
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether x has the channels of the stem and pixels for every patch convolution."""
+        _, channels, height, width = x.shape
+        for kh, kw in self.patches:
+            height //= kh
+            width //= kw
+        return channels == self.channels and height > 0 and width > 0
+
+
+@dataclasses.dataclass(frozen=True)
+class _Head:
+    """Global average pool, 1x1 convolution, activation, linear: where these are in a model."""
+
+    conv: str
+    fc: str
+    act: str
+
+
+class _Network:
+    """The chain of a recognised network, in the model's ``__dict__``.
+
+    ``emit`` are the indices of the steps whose outputs are the network's; ``collect`` is what it
+    returns them in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        chain: list[str],
+        head: _Head | None,
+        emit: tuple[int, ...] = (),
+        collect: type | None = None,
+    ):
         self.model = model
-        self.act = act
         self.steps = [model.get_submodule(name) for name in chain]
-        self.conv, self.fc = model.get_submodule(conv), model.get_submodule(fc)
+        self.head = head
+        self.emit, self.collect = emit, collect
         inside = {id(m) for step in self.steps for m in step.modules()}
         others = [m for m in model.modules() if id(m) not in inside]
         self.outside = [(m, tuple(m._modules.values())) for m in others]
-        self.settings = [s for m in others for s in _settings(m)]
-        self.kept: tuple[_Snapshot, list[Tensor], list[int]] | None = None
+        self.settings = [
+            (m, name, value)
+            for m in others
+            for name, value in attributes(m)
+            if name != "training" and (m is not model or name != "forward")
+        ]
+        self.kept: NetworkPlan | None = None
 
     def __getstate__(self):
         return {**self.__dict__, "kept": None}
 
-    def stem_weight(self) -> Tensor:
-        return self.steps[0].part("conv").weight
-
     def intact(self) -> bool:
         """Whether the modules outside the steps are as they were recognised."""
-        return _unchanged(self.settings) and all(
+        return all(has(*setting) for setting in self.settings) and all(
             len(m._modules) == len(children)
             and all(a is b for a, b in zip(m._modules.values(), children))
             for m, children in self.outside
         )
 
-    def plan(self) -> tuple[list[Tensor], list[int]] | None:
-        """(packs, plan) for the network op, or None if a part cannot take part now."""
+    def plan(self) -> NetworkPlan | None:
+        """The plan for the network op, or None if a part cannot take part now."""
         kept = self.kept
-        if kept is not None and kept[0].current(self.steps):
-            return kept[1:]
+        if kept is not None and kept.watch.holds():
+            return kept
         self.kept = None
-        snapshot = _Snapshot(self.model)
-        if snapshot.training() or snapshot.has_hooks() or not self.intact():
+        if any(m.training for m in self.model.modules()) or not self.intact():
             return None
-        packs, plan = [], []
-        for step in self.steps:
+        watch = Watch(self.model)
+        if watch.hooked():
+            return None
+        packs, steps, patches = [], [], []
+        for i, step in enumerate(self.steps):
             parts = None if "forward" in step.__dict__ else step.parts()
             if parts is None:
                 return None
@@ -660,101 +709,72 @@ class _Network:
                 if uses_batch_statistics(norm):
                     return None
                 packs.append(step.patch_pack(conv, norm))
-                plan += [PATCH_CONV, conv.out_channels, *conv.kernel_size, 0]
+                steps += [PATCH_CONV, conv.out_channels, *conv.kernel_size, 0]
+                patches.append(conv.kernel_size)
             else:
                 if uses_batch_statistics(parts.norm):
                     return None
                 packs.append(step.block_pack(parts))
                 c_partial, c_hidden = parts.partial.out_channels, parts.pw1.out_channels
-                plan += [BLOCK, c_partial, c_hidden, 0, ACTS.index(parts.act)]
-        conv, fc = self.conv, self.fc
-        if conv.weight.dtype != fc.weight.dtype:
+                steps += [BLOCK, c_partial, c_hidden, 0, ACTS.index(parts.act)]
+            if i in self.emit:
+                steps += [EMIT, 0, 0, 0, 0]
+        if self.head is not None:
+            conv, fc = (self.model.get_submodule(name) for name in (self.head.conv, self.head.fc))
+            if conv.weight.dtype != fc.weight.dtype:
+                return None
+            with torch.no_grad():
+                dtype = compute_dtype(conv.weight.dtype)
+                shifts = [None if b is None else b.to(dtype) for b in (conv.bias, fc.bias)]
+                packs.append(_ops.pack([conv.weight, fc.weight], [None, None], shifts))
+            steps += [HEAD, conv.out_channels, fc.out_features, 0, ACTS.index(self.head.act)]
+        stem = self.steps[0].part("conv").weight
+        if not stem.is_cpu:
             return None
-        with torch.no_grad():
-            dtype = compute_dtype(conv.weight.dtype)
-            shifts = [None if b is None else b.to(dtype) for b in (conv.bias, fc.bias)]
-            packs.append(_ops.pack([conv.weight, fc.weight], [None, None], shifts))
-        plan += [HEAD, conv.out_channels, fc.out_features, 0, ACTS.index(self.act)]
-        snapshot.watch(self.steps)
-        self.kept = (snapshot, packs, plan)
-        return packs, plan
+        watch.add_packs(self.steps)
+        dtype, channels = stem.dtype, stem.shape[1]
+        plan = NetworkPlan(watch, packs, steps, dtype, channels, tuple(patches), self.collect)
+        self.kept = plan
+        return plan
 
 
-class _Snapshot:
-    """Everything that a plan of packed weights depends on, in a form that is quick to compare."""
-
-    def __init__(self, model: nn.Module):
-        modules = list(model.modules())
-        self.modules = modules
-        self.children = [(m, m._modules, tuple(m._modules.values())) for m in modules]
-        self.hooks = [
-            hooks
-            for m in modules
-            if m is not model  # the model's own hooks run around its forward
-            for hooks in (m._forward_hooks, m._forward_pre_hooks)
-        ]
-        module = torch.nn.modules.module
-        self.hooks += [module._global_forward_hooks, module._global_forward_pre_hooks]
-        self.slots = [
-            (slots, name)
-            for m in modules
-            for slots in (m._parameters, m._buffers)
-            for name in slots
-        ]
-        self.norms = [m for m in modules if isinstance(m, NORMS)]
-        self.settings = [s for m in modules for s in _settings(m)]
-        self.sources = Sources(self.tensors(), self.constants())
-        self.packs: list[tuple | None] = []
-
-    def watch(self, steps: list[PackingModule]) -> None:
-        """The plan holds only as long as the steps keep the packs that it was made of."""
-        self.packs = [step._pack for step in steps]
-
-    def tensors(self) -> list[Tensor | None]:
-        return [slots[name] for slots, name in self.slots]
-
-    def constants(self) -> tuple:
-        return tuple(m.eps for m in self.norms)
-
-    def training(self) -> bool:
-        return any(m.training for m in self.modules)
-
-    def has_hooks(self) -> bool:
-        return any(self.hooks)
-
-    def current(self, steps: list[PackingModule]) -> bool:
-        """Whether nothing has changed since, as far as can be told."""
-        if any(self.hooks):
-            return False
-        for step, pack in zip(steps, self.packs):
-            if pack is None or step._pack is not pack:
-                return False
-        for m, modules, children in self.children:
-            if m.training or len(modules) != len(children):
-                return False
-            for a, b in zip(modules.values(), children):
-                if a is not b:
-                    return False
-        if not _unchanged(self.settings):
-            return False
-        try:
-            return self.sources.current(self.tensors(), self.constants())
-        except KeyError:  # a parameter or buffer is gone
-            return False
+def network_of(model: nn.Module) -> _Network | None:
+    """The chain that ``model`` was recognised as, None if it runs module by module."""
+    return model.__dict__.get(_NETWORK)
 
 
-def _large_enough(x: Tensor, plan: list[int]) -> bool:
-    """Whether every patch convolution of the plan has at least one patch."""
-    height, width = x.shape[2:]
-    for i in range(0, len(plan), 5):
-        if plan[i] == PATCH_CONV:
-            height, width = height // plan[i + 2], width // plan[i + 3]
-    return height > 0 and width > 0
+def _as_list(outputs) -> list:
+    return list(outputs) if type(outputs) in (list, tuple) else [outputs]
+
+
+def _watched_run(twin: nn.Module, x: Tensor, units) -> tuple[object, list[str], list[object]]:
+    """(outputs, names of the ``units`` in the order of their calls, what each call returned)."""
+    calls: list[str] = []
+    returned: list[object] = []
+
+    def note(name, output):
+        calls.append(name)
+        returned.append(output)
+
+    handles = [
+        twin.get_submodule(name).register_forward_hook(
+            lambda _module, _inputs, output, name=name: note(name, output)
+        )
+        for name in units
+    ]
+    try:
+        outputs = _run(twin, x, 0)[0]
+    except Exception as error:
+        raise _Refused(f"it does not run on small images: {error}") from None
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs, calls, returned
 
 
 def _match_network(model: nn.Module) -> _Network | None:
-    """Recognises and proves stem, blocks and merging layers, then pool, 1x1 convolution,
-    activation, linear.
+    """Recognises and proves a chain of stem, blocks and merging layers, then either pool, 1x1
+    convolution, activation and linear, or nothing: the outputs are feature maps of the chain.
 
     Registration order says nothing about the order of calls (timm's stages register their merging
     layer last), so the calls of a random copy are watched.
@@ -770,21 +790,14 @@ def _match_network(model: nn.Module) -> _Network | None:
 
     walk(model, "")
     steps = {name for name, m in units.items() if isinstance(m, (SwappedBlock, SwappedPatchConv))}
-    patches = [units[name] for name in steps if isinstance(units[name], SwappedPatchConv)]
+    convs = [m.part("conv") for m in units.values() if isinstance(m, SwappedPatchConv)]
     others = {
         name
         for name, m in units.items()
         if name not in steps and next(m.parameters(), None) is not None
     }
-    convs = [m.part("conv") for m in patches]
-    if not convs or len(others) != 2 or len({conv.in_channels for conv in convs}) != len(convs):
+    if not convs or len({conv.in_channels for conv in convs}) != len(convs):
         return None
-    twin = _randomised_copy(model).eval()
-    calls: list[str] = []
-    handles = [
-        twin.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.append(name))
-        for name in units
-    ]
     total = [1, 1]
     for conv in convs:
         total = [t * k for t, k in zip(total, conv.kernel_size)]
@@ -794,37 +807,59 @@ def _match_network(model: nn.Module) -> _Network | None:
         _image(stem.in_channels, 2 * total[0], total[1]),
         _image(stem.in_channels, total[0] + 3, 2 * total[1] - 1) * 1000.0,
     ]
-    try:
-        expected = [_run(twin, x, 0)[0] for x in images]
-    except Exception as error:
-        raise _Refused(f"it does not run on small images: {error}") from None
-    for handle in handles:
-        handle.remove()
-    calls = calls[: len(calls) // 2]
+    twin = _randomised_copy(model).eval()
+    outputs, calls, returned = _watched_run(twin, images[0], units)
     chain = [name for name in calls if name in steps]
     if len(chain) != len(steps) or set(chain) != steps:
         return None
-    tail = calls[calls.index(chain[-1]) + 1 :]
-    if {name for name in tail if name in others} != others or len(tail) != len(set(tail)):
+    if not isinstance(units[chain[0]], SwappedPatchConv):
         return None
-    heads = [name for name in tail if _is_conv1x1(units[name])]
-    linears = [name for name in tail if isinstance(units[name], nn.Linear)]
-    acts = {act_name(units[name]) for name in tail} - {None, "identity"}
-    if len(heads) != 1 or len(linears) != 1 or len(acts) > 1:
-        return None
-    arguments = (chain, heads[0], linears[0], (*acts, "identity")[0])
+    if isinstance(outputs, Tensor) and outputs.dim() == 2:
+        head = _match_head(calls[calls.index(chain[-1]) + 1 :], units, others)
+        arguments = (chain, head)
+        if head is None:
+            return None
+    else:
+        # Identities hand on the very tensor that a step returned.
+        made_by = {id(y): chain.index(name) for name, y in zip(calls, returned) if name in steps}
+        emit = tuple(made_by.get(id(y), -1) for y in _as_list(outputs))
+        collect = None if isinstance(outputs, Tensor) else type(outputs)
+        if collect not in (None, list, tuple):
+            raise _Refused(f"it returns a {collect.__name__}, not tensors, a list or a tuple")
+        if -1 in emit:
+            if others:
+                raise _Refused("its outputs are made by other layers: " + ", ".join(sorted(others)))
+            raise _Refused("its outputs are not those of its blocks")
+        if any(a >= b for a, b in itertools.pairwise(emit)):
+            raise _Refused("its outputs are in another order than its blocks")
+        arguments = (chain[: emit[-1] + 1], None, emit, collect)
     network = _Network(twin, *arguments)
-    for x, y in zip(images, expected):
+    for x in images:
+        expected = _as_list(_run(twin, x, 0)[0])
         with torch.no_grad():
             try:
                 plan = network.plan()
-                (got,) = _ops.network(x, *plan)
+                got = _ops.network(x, plan.packs, plan.steps)
             except Exception as error:
                 raise _Refused(f"the chain does not run as one op: {error}") from None
-        difference = _difference(got, y)
+        if len(got) != len(expected):
+            raise _Refused("the chain has another number of outputs")
+        difference = max(map(_difference, got, expected))
         if not difference <= _TOLERANCE:
             raise _Refused(f"the chain computes something else: it differs by {difference:.1e}")
     return _Network(model, *arguments)
+
+
+def _match_head(tail: list[str], units: dict[str, nn.Module], others: set[str]) -> _Head | None:
+    """The head, if the calls ``tail`` after the chain are one and all ``others`` belong to it."""
+    if len(others) != 2 or not others <= set(tail) or len(tail) != len(set(tail)):
+        return None
+    convs = [name for name in tail if _is_conv1x1(units[name])]
+    linears = [name for name in tail if isinstance(units[name], nn.Linear)]
+    acts = {act_name(units[name]) for name in tail} - {None, "identity"}
+    if len(convs) != 1 or len(linears) != 1 or len(acts) > 1:
+        return None
+    return _Head(convs[0], linears[0], (*acts, "identity")[0])
 
 
 # ---- Public functions ----------------------------------------------------------------------------
@@ -863,10 +898,10 @@ def accelerate(model: nn.Module, *, lean: bool = False) -> nn.Module:
     Same parameters (the same objects), same state_dict keys, same answers, in ``train()`` and
     ``eval()``. Recognises the blocks, stems and merging layers of timm's and the official
     FasterNet, of this package's models and of forks with the same structure, and single partial
-    convolutions elsewhere; a whole classification network also runs as one op in eval without
-    gradients. Each swap is proved numerically first, on a random float64 copy; what does not pass
-    is left alone with the reason in :func:`report`. :func:`restore` undoes it. Calling it again is
-    harmless, and needed after replacing modules.
+    convolutions elsewhere; a whole network, up to its logits or its feature maps, also runs as one
+    op in eval without gradients. Each swap is proved numerically first, on a random float64 copy;
+    what does not pass is left alone with the reason in :func:`report`. :func:`restore` undoes it.
+    Calling it again is harmless, and needed after replacing modules.
 
     Inference and frozen batch norms run fused. With batch statistics (``train()``) a swapped block
     runs its original's forward on devices that have no fused training kernels, unless ``lean``.

@@ -148,6 +148,11 @@ def _count_optimizer_step(*_) -> None:
 register_optimizer_step_post_hook(_count_optimizer_step)
 
 
+def optimizer_steps() -> int:
+    """How often any optimizer has stepped in this process."""
+    return _optimizer_steps
+
+
 class Sources:
     """Tensors that something was computed from, and how to tell whether it is still current.
 

@@ -43,7 +43,16 @@ from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import register_flop_formula
 
 from . import reference
-from .reference import ACTS, EMIT, HEAD, PATCH_CONV, compute_dtype, memory_format, packed_size
+from .reference import (
+    ACTS,
+    EMIT,
+    HEAD,
+    PATCH_CONV,
+    compute_dtype,
+    gemm_shapes,
+    memory_format,
+    packed_size,
+)
 
 NAMESPACE = "fasternet_kernels"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -209,7 +218,7 @@ def _(grad, x_partial, weight, output_mask):
 @_fake("pack")
 def _(weights, scales, shifts):
     dtype = compute_dtype(weights[0].dtype)
-    size = sum(packed_size(w.shape[0], w.numel() // w.shape[0], dtype) for w in weights)
+    size = sum(packed_size(n, k, dtype) for n, k in gemm_shapes([w.shape for w in weights]))
     return torch.empty(size, dtype=dtype, device=weights[0].device)
 
 

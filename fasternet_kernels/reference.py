@@ -13,6 +13,8 @@ memory format that ``x`` suggests.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -203,7 +205,8 @@ def head(x, w_conv, b_conv, w_fc, b_fc, act: str) -> Tensor:
 # ---- Packs ---------------------------------------------------------------------------------------
 # One flat tensor: for each weight, panels of output channels the width of a cache line (the last
 # half that width where it suffices), each panel K rows; then the shift; padded with zeros to a
-# cache line. csrc/fasternet_cpu.h, "Packed weights".
+# cache line. Of several weights, a first one that is 3x3 is PConv's: its kernel columns are outputs
+# of their own. csrc/fasternet_cpu.h, "Packed weights".
 
 
 def panel_width(dtype: torch.dtype) -> int:
@@ -219,21 +222,39 @@ def packed_size(n: int, k: int, dtype: torch.dtype) -> int:
     return (padded * (k + 1) + width - 1) // width * width
 
 
+def gemm_shapes(shapes: list[tuple[int, ...]]) -> list[tuple[int, int]]:
+    """The (n, k) of each weight of a pack, for weights of shapes (N, C, kh, kw) or (N, C)."""
+    gemms = [(shape[0], math.prod(shape[1:])) for shape in shapes]
+    if _starts_with_pconv(shapes):
+        gemms[0] = (3 * gemms[0][0], gemms[0][1] // 3)
+    return gemms
+
+
+def _starts_with_pconv(shapes) -> bool:
+    return len(shapes) > 1 and tuple(shapes[0][2:]) == (3, 3)
+
+
 def pack(weights: list[Tensor], scales: list[Tensor | None], shifts: list[Tensor | None]) -> Tensor:
     pieces = []
-    for weight, scale, shift in zip(weights, scales, shifts):
+    with_pconv = _starts_with_pconv([w.shape for w in weights])
+    for i, (weight, scale, shift) in enumerate(zip(weights, scales, shifts)):
         dtype = compute_dtype(weight.dtype)
         width = panel_width(dtype)
         rows = weight.to(dtype)
-        rows = (rows.permute(0, 2, 3, 1) if rows.dim() == 4 else rows).reshape(weight.shape[0], -1)
         if scale is not None:
-            rows = (rows.double() * scale.to(dtype).double()[:, None]).to(dtype)
+            factors = scale.to(dtype).double().reshape(-1, *[1] * (rows.dim() - 1))
+            rows = (rows.double() * factors).to(dtype)
+        bias = rows.new_zeros(rows.shape[0]) if shift is None else shift.to(dtype)
+        if with_pconv and i == 0:  # (kernel column, output) by (kernel row, input)
+            rows, bias = rows.permute(3, 0, 2, 1).flatten(0, 1), bias.repeat(3)
+        elif rows.dim() == 4:
+            rows = rows.permute(0, 2, 3, 1)
+        rows = rows.flatten(1)
         n, k = rows.shape
         padded = F.pad(rows, (0, 0, 0, -n % (width // 2)))
         full = padded.shape[0] // width * width
         pieces.append(padded[:full].reshape(-1, width, k).transpose(1, 2).reshape(-1))
         pieces.append(padded[full:].t().reshape(-1))
-        bias = rows.new_zeros(n) if shift is None else shift.to(dtype)
         pieces.append(F.pad(bias, (0, padded.shape[0] - n)))
         pieces.append(rows.new_zeros(-padded.shape[0] * (k + 1) % width))
     return torch.cat(pieces)
@@ -245,15 +266,20 @@ def unpack(packed: Tensor, shapes: list[tuple[int, int, int, int]]) -> list[tupl
     pairs = []
     begin = 0
     width = panel_width(packed.dtype)
-    for n, c, kh, kw in shapes:
-        k = c * kh * kw
+    for i, ((n, k), shape) in enumerate(zip(gemm_shapes(shapes), shapes)):
         padded = (n + width // 2 - 1) // (width // 2) * (width // 2)
         full = padded // width * width
         panels = packed[begin : begin + padded * k]
         rows = panels[: full * k].reshape(-1, k, width).transpose(1, 2).reshape(full, k)
         half = panels[full * k :].reshape(k, padded - full).t()
-        rows = torch.cat((rows, half))[:n].reshape(n, kh, kw, c).permute(0, 3, 1, 2)
-        pairs.append((rows, packed[begin + padded * k : begin + padded * k + n]))
+        rows = torch.cat((rows, half))[:n]
+        outputs, c, kh, kw = shape
+        if i == 0 and _starts_with_pconv(shapes):
+            rows = rows.reshape(kw, outputs, kh, c).permute(1, 3, 2, 0)
+        else:
+            rows = rows.reshape(outputs, kh, kw, c).permute(0, 3, 1, 2)
+        shift = packed[begin + padded * k : begin + padded * k + outputs]
+        pairs.append((rows, shift))
         begin += packed_size(n, k, packed.dtype)
     return pairs
 

@@ -9,15 +9,16 @@ burst's first calls, which find cold caches, are dropped.
 
 from __future__ import annotations
 
+import functools
 import platform
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Ratio", "Timing", "measure", "processor_name", "ratio"]
+__all__ = ["Ratio", "Timing", "burst", "interleave", "measure", "processor_name", "ratio"]
 
 
 @dataclass(frozen=True)
@@ -104,27 +105,57 @@ def measure(
         raise ValueError(
             f"rounds and minimum_calls must be at least 1, got {rounds} and {minimum_calls}"
         )
-    samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in functions}
-    order = list(functions)
+    bursts = {
+        name: functools.partial(burst, function, burst_seconds, dropped_calls, minimum_calls)
+        for name, function in functions.items()
+    }
+    return interleave(bursts, rounds=rounds, pause_seconds=pause_seconds, progress=progress)
+
+
+def interleave(
+    bursts: Mapping[str, Callable[[], Sequence[float]]],
+    *,
+    rounds: int,
+    pause_seconds: float,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> dict[str, Timing]:
+    """Lets bursts take turns, in a new order each round; `measure` for anything that can sample.
+
+    Args:
+        bursts: name -> what takes one burst of samples, in seconds per call.
+        rounds: bursts of each name.
+        pause_seconds: idle time before each burst.
+        progress: called after each burst with bursts done, bursts in all, and the name.
+
+    Returns:
+        name -> `Timing`, in the order of `bursts`.
+    """
+    samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in bursts}
+    order = list(bursts)
     shuffle = random.Random(0).shuffle  # the same orders in every run
     done = 0
     for _ in range(rounds):
         shuffle(order)
         for name in order:
             time.sleep(pause_seconds)
-            samples[name].append(
-                _burst(functions[name], burst_seconds, dropped_calls, minimum_calls)
-            )
+            samples[name].append(tuple(bursts[name]()))
             done += 1
             if progress is not None:
-                progress(done, rounds * len(functions), name)
+                progress(done, rounds * len(bursts), name)
     return {name: Timing(name, tuple(taken)) for name, taken in samples.items()}
 
 
-def _burst(
+def burst(
     function: Callable[[], object], seconds: float, dropped_calls: int, minimum_calls: int
 ) -> tuple[float, ...]:
-    """Samples of one burst, in seconds."""
+    """Samples of one burst, in seconds per call.
+
+    Args:
+        function: what to call.
+        seconds: how long to sample at least.
+        dropped_calls: calls before, which are not sampled.
+        minimum_calls: samples at least, however slow the function.
+    """
     for _ in range(dropped_calls):
         function()
     clock = time.perf_counter

@@ -58,13 +58,15 @@ def _over_processes(mean: Tensor, m2: Tensor, pixels: int, group) -> tuple[Tenso
 
 
 def _update_running_statistics(norm: nn.Module, mean: Tensor, m2: Tensor, pixels) -> None:
-    if not (norm.training and norm.track_running_stats and norm.running_mean is not None):
+    if not (norm.training and norm.track_running_stats):
         return
-    factor = norm.momentum
+    factor = 0.0 if norm.momentum is None else norm.momentum
     if norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
-        if factor is None:
+        if norm.momentum is None:
             factor = 1.0 / norm.num_batches_tracked.to(mean.dtype)
+    if norm.running_mean is None:
+        return
     for running, batch in ((norm.running_mean, mean), (norm.running_var, m2 / (pixels - 1))):
         running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
 
@@ -217,7 +219,9 @@ def batch_norm_layer(
         group, total = process_group(norm), None
         if group is not None:
             mean, m2, total = _over_processes(mean, m2, pixels, group)
-        elif pixels == 1:
+        # A count on another device is not looked at: that would wait for it.
+        known = total is None or (total.device.type == "cpu" and not torch.compiler.is_compiling())
+        if known and (pixels if total is None else int(total)) == 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, "
                 f"got a hidden tensor of shape {tuple(z.shape)}; call eval() for a single value"

@@ -22,6 +22,7 @@
 
 #include "fasternet_cpu.h"
 #include "thread_pool.h"
+#include "unchanged.h"
 
 // The version of the package; the build defines it.
 #ifndef FASTERNET_KERNELS_VERSION
@@ -43,9 +44,9 @@ int default_num_threads() { return std::clamp(static_cast<int>(std::thread::hard
 struct Runtime {
   explicit Runtime(int num_threads) : num_threads(num_threads) {}
 
-  std::atomic<int> num_threads;  // wanted; the pool follows at its next use
+  std::atomic<int> num_threads;  // what a call uses that does not say otherwise
   std::mutex busy;               // held by the call that has the pool
-  std::unique_ptr<ThreadPool> pool;
+  ThreadPool pool;
 };
 Runtime* runtime = new Runtime(default_num_threads());
 
@@ -54,30 +55,29 @@ Runtime* runtime = new Runtime(default_num_threads());
 void forget_threads_after_fork() { runtime = new Runtime(runtime->num_threads); }
 
 // Calls function(parallel) without the GIL. Of calls at the same time, one has the pool and the others run on their own
-// thread alone: the machine is busy anyway, and the results have the same bits.
+// thread alone: the machine is busy anyway, and the results have the same bits. num_threads is 0 for the process's.
 template <class Function>
-void run_without_gil(const Function& function) {
+void run_without_gil(const Function& function, int num_threads = 0) {
   py::gil_scoped_release release;
   std::unique_lock<std::mutex> lock(runtime->busy, std::try_to_lock);
   if (!lock) return function(serial());
-  const int wanted = runtime->num_threads;
-  if (runtime->pool == nullptr || runtime->pool->num_threads() != wanted) {
-    runtime->pool = std::make_unique<ThreadPool>(wanted);
-  }
-  function(runtime->pool->parallel());
+  function(runtime->pool.parallel(num_threads > 0 ? num_threads : runtime->num_threads.load()));
 }
 
-void set_num_threads(const py::object& n) {
+// A number of threads that a caller gave; complaints name it.
+int thread_count(const char* name, const py::object& n) {
   if (!PyIndex_Check(n.ptr())) {
-    throw py::type_error("set_num_threads: n is a " + std::string(Py_TYPE(n.ptr())->tp_name) + ", expected an int");
+    throw py::type_error(std::string(name) + " is a " + Py_TYPE(n.ptr())->tp_name + ", expected an int");
   }
   const Py_ssize_t value = PyNumber_AsSsize_t(n.ptr(), nullptr);  // clips what does not fit
   if (value < 1 || value > kMaxThreads) {
-    throw py::value_error("set_num_threads: n is " + std::string(py::str(n)) + ", expected 1 to " +
+    throw py::value_error(std::string(name) + " is " + std::string(py::str(n)) + ", expected 1 to " +
                           std::to_string(kMaxThreads));
   }
-  runtime->num_threads = static_cast<int>(value);
+  return static_cast<int>(value);
 }
+
+void set_num_threads(const py::object& n) { runtime->num_threads = thread_count("set_num_threads: n", n); }
 
 // ---- Arguments ------------------------------------------------------------------------------------------------------
 
@@ -298,6 +298,12 @@ Weight as_weight(DType dtype, const Array& w, const Array* scale = nullptr, cons
   return weight;
 }
 
+Weight as_pconv_weight(DType dtype, const Array& w) {
+  Weight weight = as_weight(dtype, w);
+  weight.columns_as_outputs = true;
+  return weight;
+}
+
 // Weights packed one behind the other for the length of a call.
 class Packed {
  public:
@@ -322,7 +328,7 @@ class Packed {
 
   static int64_t size_in_bytes(const Weight& weight) {
     const int64_t element = weight.dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
-    return packed_size(weight.dtype, weight.n, weight.c * weight.kh * weight.kw) * element;
+    return packed_size(weight) * element;
   }
 
   char* data_;
@@ -341,7 +347,7 @@ void run_pconv3x3(const Arguments& arguments, const Array& x, const Array& weigh
   std::copy_n(y_stride, 4, job.y_stride);
   if (x.size() == 0) return;
   run_without_gil([&](const ParallelFor& parallel) {
-    const Packed packed({as_weight(job.dtype, weight)});
+    const Packed packed({as_pconv_weight(job.dtype, weight)});
     job.packed = packed.data();
     pconv3x3(job, parallel);
   });
@@ -399,7 +405,7 @@ py::array numpy_pconv_pw(const py::object& x_value, const py::object& w_partial_
   job.y = y.mutable_data(), job.y_pixel_stride = c_out;
   job.act = act;
   run_without_gil([&](const ParallelFor& parallel) {
-    const Packed packed({as_weight(job.dtype, w_partial), as_weight(job.dtype, w_pw, &scale, &shift)});
+    const Packed packed({as_pconv_weight(job.dtype, w_partial), as_weight(job.dtype, w_pw, &scale, &shift)});
     job.packed = packed.data();
     pconv_pw(job, parallel);
   });
@@ -433,7 +439,7 @@ py::array numpy_block(const py::object& x_value, const py::object& w_partial_val
   job.y = y.mutable_data(), job.y_pixel_stride = channels;
   job.act = act;
   run_without_gil([&](const ParallelFor& parallel) {
-    const Packed packed({as_weight(job.dtype, w_partial), as_weight(job.dtype, w_pw1, &scale, &shift),
+    const Packed packed({as_pconv_weight(job.dtype, w_partial), as_weight(job.dtype, w_pw1, &scale, &shift),
                          as_weight(job.dtype, w_pw2, &layer_scale)});
     job.packed = packed.data();
     block(job, parallel);
@@ -507,6 +513,153 @@ py::array numpy_head(const py::object& x_value, const py::object& w_conv_value, 
     head(job, parallel);
   });
   return y;
+}
+
+double numpy_fma_peak(double seconds) {
+  if (!(seconds > 0 && seconds <= 10)) {
+    throw py::value_error("fma_peak: seconds is " + std::to_string(seconds) + ", expected more than 0 and at most 10");
+  }
+  double peak = 0;
+  run_without_gil([&](const ParallelFor& parallel) { peak = fma_peak(seconds, parallel); });
+  return peak;
+}
+
+// ---- Plans ----------------------------------------------------------------------------------------------------------
+
+// NumPy has no bfloat16: such a plan takes and gives the dtype of ml_dtypes, or its bits as uint16.
+const char* dtype_names(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return "float32";
+    case DType::kFloat64:
+      return "float64";
+    case DType::kBFloat16:
+      return "bfloat16 (of ml_dtypes) or its bits as uint16";
+  }
+  return "";
+}
+
+class LoadedPlan {
+ public:
+  LoadedPlan(const std::string& path, int num_threads) : plan_(path), num_threads_(num_threads) {}
+
+  const Plan& plan() const { return plan_; }
+
+  std::string dtype() const {
+    return plan_.dtype() == DType::kFloat32 ? "float32" : plan_.dtype() == DType::kFloat64 ? "float64" : "bfloat16";
+  }
+
+  py::object call(const py::object& value) const {
+    if (!py::isinstance<py::array>(value)) {
+      throw py::type_error(std::string("plan: x is a ") + Py_TYPE(value.ptr())->tp_name +
+                           ", expected a NumPy array of " + dtype_names(plan_.dtype()));
+    }
+    py::array x = py::reinterpret_borrow<py::array>(value);
+    if (!has_dtype(x)) {
+      throw py::type_error("plan: x has dtype " + std::string(py::str(x.dtype())) + ", expected " +
+                           dtype_names(plan_.dtype()) + " in native byte order");
+    }
+    const ssize_t element = x.itemsize();
+    std::vector<int64_t> shape(x.shape(), x.shape() + x.ndim());
+    if (x.ndim() != 4 || shape[1] != plan_.channels()) {
+      throw py::value_error("plan: x has shape " + describe(shape) + ", expected 4 dimensions (B, " +
+                            std::to_string(plan_.channels()) + ", H, W)");
+    }
+    int64_t rows = 1, columns = 1;
+    for (const NetworkStep& step : plan_.steps()) {
+      if (step.kind == NetworkStep::Kind::kPatchConv) rows *= step.b, columns *= step.c;
+    }
+    if (shape[2] < rows || shape[3] < columns) {
+      throw py::value_error("plan: x is " + std::to_string(shape[2]) + " by " + std::to_string(shape[3]) +
+                            " pixels, expected at least " + std::to_string(rows) + " by " + std::to_string(columns));
+    }
+    if (!in_place(x, element)) x = x.attr("copy")("C").cast<py::array>();
+    int64_t stride[4];
+    for (int d = 0; d < 4; ++d) stride[d] = x.strides(d) / element;
+    const Network job = plan_.network(shape[0], shape[2], shape[3], x.data(), stride);
+    py::tuple results(plan_.outputs().size());
+    std::vector<void*> data;
+    size_t i = 0;
+    for (const FeatureShape& output : network_outputs(job)) {
+      py::array y =
+          output.height < 0
+              ? py::array(x.dtype(), std::vector<int64_t>{shape[0], output.channels})
+              : py::array(x.dtype(), std::vector<int64_t>{shape[0], output.height, output.width, output.channels});
+      data.push_back(y.mutable_data());
+      results[i++] = output.height < 0 ? py::object(y) : y.attr("transpose")(0, 3, 1, 2);
+    }
+    run_without_gil([&](const ParallelFor& parallel) { network(job, data.data(), parallel); }, num_threads_);
+    return plan_.sequence() ? py::object(results) : py::object(results[0]);
+  }
+
+  std::string repr() const {
+    return "<fasternet_runtime.Plan: " + dtype() + " (B, " + std::to_string(plan_.channels()) + ", H, W), " +
+           std::to_string(plan_.steps().size()) + " steps, " + std::to_string(plan_.outputs().size()) +
+           (plan_.outputs().size() == 1 ? " output" : " outputs") + ", written by " + plan_.writer() + ">";
+  }
+
+  // (kind, sizes, act) of each step, under the names that csrc gives them.
+  py::tuple steps() const {
+    static const char* const kActs[] = {"identity", "relu", "gelu", "gelu_tanh", "silu", "hardswish"};
+    py::tuple result(plan_.steps().size());
+    size_t i = 0;
+    for (const NetworkStep& step : plan_.steps()) {
+      py::dict row;
+      switch (step.kind) {
+        case NetworkStep::Kind::kPatchConv:
+          row["kind"] = "patch_conv", row["c_out"] = step.a, row["kh"] = step.b, row["kw"] = step.c;
+          break;
+        case NetworkStep::Kind::kBlock:
+          row["kind"] = "block", row["c_partial"] = step.a, row["c_hidden"] = step.b;
+          row["act"] = kActs[static_cast<int>(step.act)];
+          break;
+        case NetworkStep::Kind::kHead:
+          row["kind"] = "head", row["c_mid"] = step.a, row["c_out"] = step.b;
+          row["act"] = kActs[static_cast<int>(step.act)];
+          break;
+        case NetworkStep::Kind::kEmit:
+          row["kind"] = "emit";
+          break;
+      }
+      result[i++] = row;
+    }
+    return result;
+  }
+
+ private:
+  bool has_dtype(const py::array& x) const {
+    switch (plan_.dtype()) {
+      case DType::kFloat32:
+        return py::isinstance<py::array_t<float>>(x);
+      case DType::kFloat64:
+        return py::isinstance<py::array_t<double>>(x);
+      case DType::kBFloat16:
+        return py::isinstance<py::array_t<uint16_t>>(x) ||
+               (x.itemsize() == 2 && std::string(py::str(x.dtype())) == "bfloat16");
+    }
+    return false;
+  }
+
+  // Whether the kernels can read the array where it is.
+  static bool in_place(const py::array& x, ssize_t element) {
+    bool aligned = reinterpret_cast<uintptr_t>(x.data()) % static_cast<size_t>(element) == 0;
+    for (ssize_t d = 0; d < x.ndim(); ++d) aligned = aligned && x.strides(d) % element == 0;
+    return aligned;
+  }
+
+  const Plan plan_;
+  const int num_threads_;  // 0: the process's
+};
+
+std::unique_ptr<LoadedPlan> load(const py::object& path, const py::object& threads) {
+  const int num_threads = threads.is_none() ? 0 : thread_count("load: threads", threads);
+  const py::object name = py::reinterpret_steal<py::object>(PyOS_FSPath(path.ptr()));
+  if (!name) throw py::error_already_set();
+  const py::module_ os = py::module_::import("os");
+  os.attr("stat")(name);  // says in Python's own words that there is no such file
+  const auto bytes = os.attr("fsencode")(name).cast<std::string>();
+  py::gil_scoped_release release;
+  return std::make_unique<LoadedPlan>(bytes, num_threads);
 }
 
 py::dict build_info() {
@@ -597,11 +750,40 @@ The classifier (section 3.4 of the paper): global average pool, 1x1 convolution,
 
 x: (B, H, W, C), at least one pixel. w_conv: (C_mid, C, 1, 1). b_conv: (C_mid,) or None. w_fc: (C_out, C_mid).
 b_fc: (C_out,) or None. act as in pconv_pw. Returns (B, C_out).)");
+  py::class_<LoadedPlan>(m, "Plan", R"(A network in one file, as fasternet_kernels.export_plan writes it; see load().
+
+plan(x): x (B, C, H, W) of the plan's dtype, any strides, any B, H and W that leave a pixel to every layer. Returns the
+network's output: the logits (B, classes), a feature map (B, C, H, W), channels last in memory, or a tuple of them.
+TypeError or ValueError name what is wrong with x. Any number of threads may call one plan at a time.)")
+      .def("__call__", &LoadedPlan::call, py::arg("x"))
+      .def("__repr__", &LoadedPlan::repr)
+      .def_property_readonly(
+          "input_channels", [](const LoadedPlan& p) { return p.plan().channels(); }, "Channels of x.")
+      .def_property_readonly("dtype", &LoadedPlan::dtype, "'float32', 'float64' or 'bfloat16'.")
+      .def_property_readonly("steps", &LoadedPlan::steps, "What is computed: a dict for each step.")
+      .def_property_readonly(
+          "writer", [](const LoadedPlan& p) { return p.plan().writer(); }, "What wrote the file, with its version.");
+  m.def("load", &load, py::arg("path"), py::arg("threads") = py::none(),
+        R"(load(path, threads=None)
+--
+
+Reads a file that fasternet_kernels.export_plan wrote, and checks it; returns a Plan, to be called with arrays.
+
+threads: how many threads its calls use, 1 to 1024; None: as many as set_num_threads says. A bfloat16 plan takes and gives
+arrays of ml_dtypes' bfloat16, or its bits as uint16. RuntimeError: the file is damaged, of another version
+or no plan at all.)");
   m.def("build_info", &build_info,
         R"(build_info()
 --
 
 A dict: version, compiler, available_isas (what this processor runs, slowest first) and isa (the one in use).)");
+  m.def("fma_peak", &numpy_fma_peak, py::arg("seconds") = 0.02,
+        R"(fma_peak(seconds=0.02)
+--
+
+Operations per second, two for a multiply-add, that this machine reaches now on get_num_threads() threads: independent
+float32 multiply-adds in registers, on the vectors of build_info()["isa"], for about that many seconds. The clock of a
+processor moves, so a share of this peak is only meaningful when both were measured side by side.)");
   m.def("set_num_threads", &set_num_threads, py::arg("n"),
         R"(set_num_threads(n)
 --
@@ -614,6 +796,13 @@ use. Results do not depend on it.)");
 --
 
 The number of threads a call uses.)");
+
+  // Not through pybind11, whose dispatch and conversion of arguments would take as long as the function.
+  static PyMethodDef functions[] = {
+      {"_unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&unchanged)), METH_FASTCALL,
+       "Whether Python objects are still what they were; for fasternet_kernels/watch.py."},
+      {nullptr, nullptr, 0, nullptr}};
+  if (PyModule_AddFunctions(m.ptr(), functions) != 0) throw py::error_already_set();
 
   const py::module_ os = py::module_::import("os");
   if (py::hasattr(os, "register_at_fork")) {

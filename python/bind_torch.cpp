@@ -150,8 +150,10 @@ void check_pack(const Tensor& pack, const Tensor& x, std::initializer_list<std::
 
 // ---- Packing --------------------------------------------------------------------------------------------------------
 
-// Weights (N, C, kh, kw) or (N, C), with a scale and a shift each or none, one after the other.
-Tensor pack(std::vector<Tensor> weights, std::vector<OptionalTensor> scales, std::vector<OptionalTensor> shifts) {
+// Weights (N, C, kh, kw) or (N, C), with a scale and a shift each or none, one after the other; the first one PConv's
+// or not.
+Tensor pack_weights(const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& scales,
+                    const std::vector<OptionalTensor>& shifts, bool pconv) {
   STD_TORCH_CHECK(!weights.empty() && scales.size() == weights.size() && shifts.size() == weights.size(),
                   "fasternet_kernels: pack takes as many scales and shifts as weights, at least one");
   const ScalarType type = weights[0].scalar_type(), compute = compute_type(type);
@@ -172,6 +174,7 @@ Tensor pack(std::vector<Tensor> weights, std::vector<OptionalTensor> scales, std
       item.kh = weights[i].size(2);
       item.kw = weights[i].size(3);
     }
+    item.columns_as_outputs = pconv && i == 0;
     check_size(scales[i], "scale", {item.n});
     check_size(shifts[i], "shift", {item.n});
     if (scales[i]) {
@@ -183,16 +186,21 @@ Tensor pack(std::vector<Tensor> weights, std::vector<OptionalTensor> scales, std
       item.shift = keep.back().const_data_ptr();
     }
     items.push_back(item);
-    elements += fasternet::packed_size(item.dtype, item.n, item.c * item.kh * item.kw);
+    elements += fasternet::packed_size(item);
   }
   Tensor packed = torch::stable::empty({&elements, 1}, compute, std::nullopt, weights[0].device());
   char* to = static_cast<char*>(packed.mutable_data_ptr());
   for (const fasternet::Weight& item : items) {
     fasternet::pack(item, to);
-    to += fasternet::packed_size(item.dtype, item.n, item.c * item.kh * item.kw) *
-          static_cast<int64_t>(packed.element_size());
+    to += fasternet::packed_size(item) * static_cast<int64_t>(packed.element_size());
   }
   return packed;
+}
+
+// The op: of several weights, a first one that is 3x3 is PConv's.
+Tensor pack(std::vector<Tensor> weights, std::vector<OptionalTensor> scales, std::vector<OptionalTensor> shifts) {
+  const bool pconv = weights.size() > 1 && weights[0].dim() == 4 && weights[0].size(2) == 3 && weights[0].size(3) == 3;
+  return pack_weights(weights, scales, shifts, pconv);
 }
 
 // ---- PConv ----------------------------------------------------------------------------------------------------------
@@ -225,7 +233,7 @@ void check_pconv(const Tensor& x, const Tensor& weight) {
 
 // The first c_partial channels of y from x, in a type that the kernels store.
 void pconv_into(const Tensor& x, const Tensor& weight, const Tensor& y) {
-  const Tensor packed = pack({weight}, {std::nullopt}, {std::nullopt});
+  const Tensor packed = pack_weights({weight}, {std::nullopt}, {std::nullopt}, true);
   fasternet::pconv3x3(pconv_args(x, y, weight.size(0), packed), torch_threads());
 }
 
@@ -289,7 +297,7 @@ Tensor pconv_pw(Tensor x, Tensor w_partial, Tensor w_pw, OptionalTensor scale, O
 Tensor pconv_pw_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_out, std::string act, bool /*fast*/) {
   check_image(x);
   check_c_partial(c_partial, x);
-  check_pack(packed, x, {{c_partial, 9 * c_partial}, {c_out, x.size(1)}});
+  check_pack(packed, x, {{3 * c_partial, 3 * c_partial}, {c_out, x.size(1)}});
   return run_pconv_pw(x, x.scalar_type(), packed, c_partial, c_out, act);
 }
 
@@ -333,7 +341,7 @@ Tensor block_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_hidden
   check_image(x);
   check_c_partial(c_partial, x);
   const int64_t channels = x.size(1);
-  check_pack(packed, x, {{c_partial, 9 * c_partial}, {c_hidden, channels}, {channels, c_hidden}});
+  check_pack(packed, x, {{3 * c_partial, 3 * c_partial}, {c_hidden, channels}, {channels, c_hidden}});
   return run_block(x, x.scalar_type(), packed, c_partial, c_hidden, sample_scale, act);
 }
 
@@ -438,7 +446,7 @@ std::vector<Tensor> network(Tensor x, std::vector<Tensor> packs, std::vector<int
         check_pack(packed, in, {{step.a, channels * step.b * step.c}});
         channels = step.a;
       } else if (step.kind == Kind::kBlock) {
-        check_pack(packed, in, {{step.a, 9 * step.a}, {step.b, channels}, {channels, step.b}});
+        check_pack(packed, in, {{3 * step.a, 3 * step.a}, {step.b, channels}, {channels, step.b}});
       } else {
         check_pack(packed, in, {{step.a, channels}, {step.b, step.a}});
         channels = step.b;
@@ -510,6 +518,24 @@ struct NormVectors {
   }
 };
 
+// The statistics of z as stored: of float16 values, which the kernel has not seen. z is dense channels-last float.
+void statistics_of(const Tensor& z, const Tensor& mean, const Tensor& m2) {
+  const int64_t channels = z.size(1), pixels = z.numel() / channels;
+  if (pixels == 0) return;
+  const float* const values = static_cast<const float*>(z.const_data_ptr());
+  std::vector<double> centre(channels), squares(channels);
+  for (int64_t i = 0; i < pixels * channels; ++i) centre[i % channels] += values[i];
+  for (double& c : centre) c /= static_cast<double>(pixels);
+  for (int64_t i = 0; i < pixels * channels; ++i) {
+    const double off = values[i] - centre[i % channels];
+    squares[i % channels] += off * off;
+  }
+  for (int64_t c = 0; c < channels; ++c) {
+    static_cast<float*>(mean.mutable_data_ptr())[c] = static_cast<float>(centre[c]);
+    static_cast<float*>(m2.mutable_data_ptr())[c] = static_cast<float>(squares[c]);
+  }
+}
+
 std::tuple<Tensor, Tensor, Tensor> pw_stats(Tensor x, Tensor w_partial, Tensor w_pw) {
   check_pconv(x, w_partial);
   const int64_t c_out = w_pw.size(0);
@@ -524,6 +550,11 @@ std::tuple<Tensor, Tensor, Tensor> pw_stats(Tensor x, Tensor w_partial, Tensor w
                        in.stride, partial.const_data_ptr(), pw.const_data_ptr(), z.mutable_data_ptr(),
                        mean.mutable_data_ptr(), m2.mutable_data_ptr()},
                       torch_threads());
+  if (weight_type == ScalarType::Half) {
+    const Tensor stored = cast(z, weight_type);
+    statistics_of(cast(stored, type), mean, m2);
+    return {finish(stored, weight_type, format_of(x)), mean, m2};
+  }
   return {finish(z, weight_type, format_of(x)), mean, m2};
 }
 

@@ -19,7 +19,7 @@ namespace fasternet {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int num_threads) : num_threads_(num_threads) {}
+  ThreadPool() = default;
 
   ~ThreadPool() {
     {
@@ -33,10 +33,12 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int num_threads() const { return num_threads_; }
-
-  // For one caller at a time: whoever shares a pool holds a lock of its own around the call that gets this.
-  ParallelFor parallel() { return {&ThreadPool::run, this, num_threads_}; }
+  // Loops on up to `num_threads` threads. For one caller at a time: whoever shares a pool holds a lock of its own
+  // around the calls that get this. The pool grows to the most that was ever asked for; who is not needed stays parked.
+  ParallelFor parallel(int num_threads) {
+    num_threads_ = num_threads;
+    return {&ThreadPool::run, this, num_threads};
+  }
 
  private:
   static void run(void* context, int64_t n, ParallelFor::Body body, void* body_context) {
@@ -53,7 +55,7 @@ class ThreadPool {
     pool.body_ = body;
     pool.body_context_ = body_context;
     pool.error_ = nullptr;
-    pool.wake_.notify_all();
+    for (int64_t piece = 1; piece < pool.pieces_; ++piece) pool.wake_.notify_one();
     pool.take_pieces(lock);
     pool.done_.wait(lock, [&] { return pool.running_ == 0; });
     if (pool.error_) std::rethrow_exception(pool.error_);
@@ -98,8 +100,8 @@ class ThreadPool {
     }
   }
 
-  const int num_threads_;
-  std::vector<std::thread> workers_;  // num_threads_ - 1: the caller is the other one
+  int num_threads_ = 1;               // of the loops to come
+  std::vector<std::thread> workers_;  // at least num_threads_ - 1 once a loop has run: the caller is the other one
   std::mutex mutex_;                  // guards all below
   std::condition_variable wake_, done_;
   bool stop_ = false;

@@ -171,6 +171,7 @@ def assert_features(name, x):
     assert {kind: len(paths) for kind, paths in rows(fast).items()} == {
         "block": depth,
         "patch_conv": 4,
+        "network": 1,
     }
     with torch.no_grad():
         assert len(wild.assert_agree(fast, plain, x, "feature")) == 4
@@ -1136,6 +1137,9 @@ def test_own_models(size, features_only):
     plain, fast = twins(make)
     depth = sum(isinstance(m, fk.models.Block) for m in plain.modules())
     expected = {"block": depth, "patch_conv": 4} | ({} if features_only else {"network": 1})
+    if features_only:  # whose outputs are normalised, which no step of a plan does
+        (row,) = fk.report(fast).refused
+        assert row.kind == "network" and "made by other layers: feature_norms.0" in row.reason
     assert {kind: len(paths) for kind, paths in rows(fast).items()} == expected
     with torch.no_grad():
         wild.assert_agree(fast, plain, image())

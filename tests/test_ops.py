@@ -862,17 +862,19 @@ BACKWARD = list(backward_calls(Case(1, 8, 2, 2), torch.float32))
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16"])
 @pytest.mark.parametrize("name", BACKWARD)
 def test_output_masks(name, dtype):
-    """Every mask: the gradients asked for have the bits that they have among all, and what is not
-    asked for is empty."""
+    """Every mask: the gradients asked for are as right as they are among all, and what is not asked
+    for is empty."""
     args, n, after = backward_calls(Case(2, 24, 5, 6, act="gelu"), DTYPES[dtype])[name]
     op = getattr(OPS, name.split()[0])
     outputs = len(op._schemas[""].returns)
     everything = op(*args, [i < n for i in range(outputs)], *after)
+    exact = op(*double(args), [i < n for i in range(outputs)], *double(after))
     for bits in range(2**n):
         mask = [bool(bits >> i & 1) for i in range(outputs)]
-        for g, full, need in zip(op(*args, mask, *after), everything, mask, strict=True):
+        found = op(*args, mask, *after)
+        for g, e, full, need in zip(found, exact, everything, mask, strict=True):
             if need:
-                assert_right(g, full.double(), full, what=f"{name} with mask {mask}")
+                assert_right(g, e, full, what=f"{name} with mask {mask}")
             else:
                 assert g.numel() == 0
 
@@ -923,19 +925,40 @@ def test_recompute(fmt, dtype):
 TRAINING = ["pw_stats", "bn_act", "act_pw_residual", *BACKWARD]
 
 
-@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize("channels", [1, 4, 33])
+def test_one_hidden_channel(channels):
+    """Both strides of w_pw2 are 1 then, and layer_scale counts all the same."""
+    x, z = randn(2, channels, 3, 4, seed=1), randn(2, 1, 3, 4, seed=2)
+    vectors = [randn(1, seed=s) for s in (3, 4, 5)]
+    w_pw2, layer = randn(channels, 1, 1, 1, seed=6), randn(channels, seed=7)
+    args = (x, z, *vectors, w_pw2, layer, None, "relu")
+    exact = reference.act_pw_residual(*double(args))
+    assert_right(OPS.act_pw_residual(*args), exact, reference.act_pw_residual(*args))
+
+
+# Hidden channels within a vector, off a panel, and more than one pass of K; few pixels and many.
+THREADED = [Case(5, 40, 14, 14), Case(2, 35, 14, 14), Case(3, 132, 20, 26), Case(2, 320, 7, 7)]
+
+
+@pytest.mark.parametrize("case", THREADED, ids=str)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp64"])
 @pytest.mark.parametrize("name", TRAINING)
-def test_training_bits_do_not_depend_on_threads(name, dtype, act, threads):
+def test_training_bits_do_not_depend_on_threads(name, dtype, case, threads):
     """Statistics and weight gradients, too: their sums over pixels have a fixed order."""
-    case = Case(5, 40, 14, 14, act=act)
+    act = case.act
     if name in BACKWARD:
         args, n, after = backward_calls(case, DTYPES[dtype])[name]
         op = getattr(OPS, name.split()[0])
         mask = [i < n for i in range(len(op._schemas[""].returns))]
-        args = (*args, mask, *after)
+        calls = [(*args, mask, *after), (*args, [False, *mask[1:]], *after)]  # also without dx
     else:
         op, _, args = differentiable(case, DTYPES[dtype], act)[name]
+        calls = [args]
+    for args in calls:
+        assert_same_bits(name, op, args, threads)
+
+
+def assert_same_bits(name, op, args, threads):
     results = []
     for n in (1, 1, 2, 3, 7):
         threads(n)

@@ -24,11 +24,17 @@ const IsaEntry kIsas[] = {
     {Isa::kAvx2, "avx2", nullptr},
     {Isa::kAvx512, "avx512", nullptr},
 #endif
+#ifdef FASTERNET_HAVE_NEON
+    {Isa::kNeon, "neon", &kKernelsNeon},
+#else
+    {Isa::kNeon, "neon", nullptr},
+#endif
 };
 
 bool runs_here(Isa isa) {
   switch (isa) {
     case Isa::kGeneric:
+    case Isa::kNeon:  // compiled in on AArch64 alone, where it is part of the baseline
       return true;
 #ifdef FASTERNET_HAVE_X86
     case Isa::kAvx2:

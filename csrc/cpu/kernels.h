@@ -21,11 +21,15 @@ struct Kernels {
   void (*act_pw_residual_backward)(const ActPwResidualBackward&, const ParallelFor&);
   void (*pconv3x3_backward)(const PConv3x3Backward&, const ParallelFor&);
   void (*patch_conv_backward)(const PatchConvBackward&, const ParallelFor&);
+  int64_t (*fma_loop)(int64_t iterations, float a, float b, float* sink);  // peak.inl.h
 };
 extern const Kernels kKernelsGeneric;
 #ifdef FASTERNET_HAVE_X86
 extern const Kernels kKernelsAvx2;
 extern const Kernels kKernelsAvx512;
+#endif
+#ifdef FASTERNET_HAVE_NEON
+extern const Kernels kKernelsNeon;
 #endif
 const Kernels& kernels();  // those of selected_isa()
 

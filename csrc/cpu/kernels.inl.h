@@ -38,9 +38,17 @@ constexpr int64_t kDepth = 256;        // K per pass: a panel of 256 cache lines
 constexpr int64_t kHiddenChunk = 256;  // hidden channels per pass
 constexpr int64_t kHeadDepth = 64;  // K per pass of the head: few rows, so passes are cheap and the logits more exact
 constexpr int kMaxSegments = 4;
+constexpr int kUnroll = 4;  // steps of K per turn of the inner loop
+constexpr int kPrefetchLines = 2;
 constexpr int kMaxRows = FASTERNET_ROWS;
+#ifdef FASTERNET_FMA_BY_LANE
+constexpr bool kFmaByLane = true;
+#else
+constexpr bool kFmaByLane = false;
+#endif
 constexpr int kVectorsPerPanel = kPanelBytes / FASTERNET_VECTOR_BYTES;
 
+inline int64_t clip(int64_t a, int64_t limit) { return a < limit ? a : limit; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 template <class T>
@@ -85,7 +93,7 @@ struct Same<A, A> {
 template <class T>
 struct Micro {
   int n_segments;
-  const T* a[kMaxSegments];
+  const T* a[kMaxSegments];  // null: zeros, which are left out
   int64_t k[kMaxSegments];
   int64_t a_stride[kMaxSegments];  // elements from row to row
   const T* b;                      // at the first k of the first segment
@@ -98,7 +106,47 @@ struct Micro {
   bool relu;
   const T* residual;  // null: none
   int64_t residual_stride;
+  const char* prefetch;  // weights needed soon: kUnroll steps of K ask for kPrefetchLines cache lines from here on
 };
+
+// acc += w * value. On x86 as an instruction of its own: left to choose among its forms, GCC moves accumulators around
+// and spills them once the loop is unrolled.
+template <class V>
+inline __attribute__((always_inline)) void multiply_add(V& acc, const V& w, const V& value) {
+#if defined(__FMA__)
+  if constexpr (Same<decltype(acc[0] + acc[0]), float>::value) {
+    asm("vfmadd231ps %2, %1, %0" : "+v"(acc) : "v"(w), "v"(value));
+  } else {
+    asm("vfmadd231pd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(value));
+  }
+#else
+  acc += w * value;
+#endif
+}
+
+// kLanes steps of K where an FMA can multiply by one lane of a register: one load brings kLanes values of a row.
+template <class V, class T, int kVecsPerPanel, int kRows, int kVecs, int kBases>
+inline __attribute__((always_inline)) void steps_by_lane(V (&acc)[kRows][kVecs], const char* const (&base)[kBases],
+                                                         int64_t stride, const T* b, int64_t b_panel) {
+  constexpr int kLanes = sizeof(V) / sizeof(T);
+  V a[kRows];
+  FASTERNET_UNROLL
+  for (int r = 0; r < kRows; ++r) {
+    a[r] = load<V>(base[r / 3] + (r % 3) * stride);
+#ifdef FASTERNET_FMA_BY_LANE
+    asm("" : "+w"(a[r]));  // stay a vector: GCC would load its lanes one by one
+#endif
+  }
+  FASTERNET_UNROLL
+  for (int lane = 0; lane < kLanes; ++lane, b += kVecsPerPanel * kLanes) {
+    FASTERNET_UNROLL
+    for (int j = 0; j < kVecs; ++j) {
+      const V w = load<V>(b + (j / kVecsPerPanel) * b_panel + (j % kVecsPerPanel) * kLanes);
+      FASTERNET_UNROLL
+      for (int r = 0; r < kRows; ++r) acc[r][j] += w * a[r][lane];
+    }
+  }
+}
 
 template <class T, int kBytes, int kRows, int kVecs, int kVecsPerPanel>
 void micro(const Micro<T>& m) {
@@ -112,28 +160,53 @@ void micro(const Micro<T>& m) {
   }
   const T* b = m.b;
   const int64_t b_panel = m.b_panel;
+  const char* prefetch = m.prefetch;
   for (int s = 0; s < m.n_segments; ++s) {
+    if (!m.a[s]) {
+      b += m.k[s] * kVecsPerPanel * kLanes;
+      continue;
+    }
     // One pointer for every three rows: x86 addresses base, base + stride and base + 2 * stride without arithmetic.
     constexpr int kBases = (kRows + 2) / 3;
     const int64_t stride = m.a_stride[s] * static_cast<int64_t>(sizeof(T));
     const char* base[kBases];
     FASTERNET_UNROLL
     for (int i = 0; i < kBases; ++i) base[i] = reinterpret_cast<const char*>(m.a[s]) + 3 * i * stride;
-    for (int64_t k = m.k[s]; k > 0; --k) {
+    const auto step = [&](int u) __attribute__((always_inline)) {
       V w[kVecs];
       FASTERNET_UNROLL
       for (int j = 0; j < kVecs; ++j) {
-        w[j] = load<V>(b + (j / kVecsPerPanel) * b_panel + (j % kVecsPerPanel) * kLanes);
+        w[j] = load<V>(b + (j / kVecsPerPanel) * b_panel + (j % kVecsPerPanel + u * kVecsPerPanel) * kLanes);
       }
-      b += kVecsPerPanel * kLanes;
       FASTERNET_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        const T value = *reinterpret_cast<const T*>(base[r / 3] + (r % 3) * stride);
+        const T value = reinterpret_cast<const T*>(base[r / 3] + (r % 3) * stride)[u];
         FASTERNET_UNROLL
-        for (int j = 0; j < kVecs; ++j) acc[r][j] += w[j] * value;
+        for (int j = 0; j < kVecs; ++j) multiply_add(acc[r][j], w[j], value - V{});
       }
+    };
+    const auto advance = [&](int steps) __attribute__((always_inline)) {
+      b += steps * kVecsPerPanel * kLanes;
       FASTERNET_UNROLL
-      for (int i = 0; i < kBases; ++i) base[i] += sizeof(T);
+      for (int i = 0; i < kBases; ++i) base[i] += steps * sizeof(T);
+    };
+    int64_t k = m.k[s];
+    for (; k >= kUnroll; k -= kUnroll) {
+      FASTERNET_UNROLL
+      for (int i = 0; i < kPrefetchLines; ++i) __builtin_prefetch(prefetch + i * kPanelBytes, 0, 2);
+      prefetch += kPrefetchLines * kPanelBytes;
+      // Not in double, whose two lanes save too little to be worth the registers.
+      if constexpr (kFmaByLane && kLanes == kUnroll) {
+        steps_by_lane<V, T, kVecsPerPanel>(acc, base, stride, b, b_panel);
+      } else {
+        FASTERNET_UNROLL
+        for (int u = 0; u < kUnroll; ++u) step(u);
+      }
+      advance(kUnroll);
+    }
+    for (; k > 0; --k) {
+      step(0);
+      advance(1);
     }
   }
   if (m.c_in) {
@@ -155,7 +228,7 @@ void micro(const Micro<T>& m) {
     FASTERNET_UNROLL
     for (int r = 0; r < kRows; ++r) {
       FASTERNET_UNROLL
-      for (int j = 0; j < kVecs; ++j) acc[r][j] = acc[r][j] < V{} ? V{} : acc[r][j];
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = max(acc[r][j], V{});  // keeps NaN
     }
   }
   if (m.residual) {
@@ -236,7 +309,8 @@ void activate(Act act, T* c, int64_t stride, int64_t rows, int64_t columns) {
 
 // ---- GEMM of a tile -------------------------------------------------------------------------------------------------
 
-// Up to kMaxRows consecutive rows of the output, whose A rows are evenly strided in every segment.
+// Up to kMaxRows consecutive rows of the output, whose A rows are evenly strided in every segment; a segment without A
+// is zeros.
 template <class T>
 struct RowGroup {
   const T* a[kMaxSegments];
@@ -250,6 +324,9 @@ struct Packed {
   const T* data;
   int64_t n, k, n_padded;
   Packed(const T* packed, int64_t n_, int64_t k_) : data(packed), n(n_), k(k_), n_padded(padded_n(n_, sizeof(T))) {}
+  const T* panel(int64_t column) const { return data + column * k; }  // of whole panels before `column`
+  int64_t lanes(int64_t column) const { return clip(n_padded - column, panel_width<T>()); }
+  int64_t panel_stride() const { return k * panel_width<T>(); }
   const T* shift() const { return data + n_padded * k; }
   const T* next() const { return data + packed_elements(n, k, sizeof(T)); }
 };
@@ -273,6 +350,12 @@ struct Gemm {
   Act act;
   const T* residual;  // like c
   int64_t residual_stride;
+  const T* next;       // the weights read after this, from the first panel on, or null
+  int64_t next_panel;  // elements from panel to panel
+  void then(const Packed<T>& w, int64_t column, int64_t k_begin) {
+    next = w.panel(column) + k_begin * w.lanes(column);
+    next_panel = w.panel_stride();
+  }
 };
 
 // Loops: depth, then column tiles, then row groups, so that a panel's kDepth rows are read from L1 by all row groups.
@@ -281,10 +364,12 @@ void gemm(const Gemm<T>& g) {
   constexpr int64_t kWidth = panel_width<T>();
   int64_t depth = 0;
   for (int s = 0; s < g.n_segments; ++s) depth += g.segment_k[s];
-  const int64_t passes = ceil_div(depth, g.depth);
+  // Passes of whole panels, as callers cut K into chunks, so that both add up in the same order.
+  const int64_t pass_depth = round_up(ceil_div(depth, ceil_div(depth, g.depth)), kWidth);
+  const int64_t passes = ceil_div(depth, pass_depth);
   const bool late_act = g.act != Act::kIdentity && g.act != Act::kRelu;
   for (int64_t pass = 0; pass < passes; ++pass) {
-    const int64_t k0 = pass * depth / passes, k1 = (pass + 1) * depth / passes;
+    const int64_t k0 = pass * pass_depth, k1 = clip(k0 + pass_depth, depth);
     const bool first = pass == 0, last = pass == passes - 1;
     // The part of each segment inside [k0, k1).
     Micro<T> m;
@@ -304,7 +389,7 @@ void gemm(const Gemm<T>& g) {
       }
       begin = end;
     }
-    m.b_panel = kWidth * g.b->k;
+    m.b_panel = g.b->panel_stride();
     m.c_in_stride = first ? g.c_in_stride : g.c_stride;
     m.c_stride = g.c_stride;
     m.relu = last && g.act == Act::kRelu;
@@ -320,13 +405,32 @@ void gemm(const Gemm<T>& g) {
         table = kPanel<T>.rows;
         width = kWidth;
       }
-      const int64_t lanes = width < kWidth ? width : kWidth;
-      m.b = g.b->data + n * g.b->k + (g.k_begin + k0) * lanes;
+      m.b = g.b->panel(n) + (g.k_begin + k0) * g.b->lanes(n);
       m.shift = last && g.shift ? g.b->shift() + n : nullptr;
       const int64_t column = n - g.n_begin;
+      // The weights read next, which the row groups fetch into L2 in turn: `lines` by each, of one panel after the
+      // other.
+      const bool same_pass = n + width < g.n_end;
+      const int64_t next_n = same_pass ? n + width : g.n_begin;
+      const int64_t next_k = g.k_begin + (same_pass ? k0 : k1);
+      const T* next = same_pass || !last ? g.b->panel(next_n) + next_k * g.b->lanes(next_n) : g.next;
+      const int64_t next_panel = same_pass || !last ? g.b->panel_stride() : g.next_panel;
+      const int64_t lines = (k1 - k0) / kUnroll * kPrefetchLines, per_panel = ceil_div(k1 - k0, lines + 1);
+      int64_t panel = next ? 0 : FASTERNET_PANELS, part = 0;  // what the next row group fetches
+      if (next && g.n_groups < per_panel * FASTERNET_PANELS) {
+        for (; panel < FASTERNET_PANELS; ++panel) {
+          for (int64_t k = 0; k < k1 - k0; ++k) __builtin_prefetch(next + panel * next_panel + k * kWidth, 0, 2);
+        }
+      }
       for (int64_t i = 0; i < g.n_groups; ++i) {
         const RowGroup<T>& group = g.groups[i];
-        for (int s = 0; s < m.n_segments; ++s) m.a[s] = group.a[source[s]] + offset[s];
+        m.prefetch = reinterpret_cast<const char*>(
+            panel < FASTERNET_PANELS ? next + panel * next_panel + part * lines * kWidth : m.b);
+        if (++part == per_panel) part = 0, ++panel;
+        for (int s = 0; s < m.n_segments; ++s) {
+          const T* const a = group.a[source[s]];
+          m.a[s] = a ? a + offset[s] : nullptr;
+        }
         m.c = g.c + group.row * g.c_stride + column;
         m.c_in = !first ? m.c : g.c_in ? g.c_in + group.row * g.c_in_stride + column : nullptr;
         m.residual = last && g.residual ? g.residual + group.row * g.residual_stride + column : nullptr;
@@ -347,7 +451,7 @@ int64_t add_groups(RowGroup<T>* groups, int64_t row, int64_t rows, int n_segment
     const int64_t begin = i * rows / n, end = (i + 1) * rows / n;
     groups[i].row = row + begin;
     groups[i].rows = static_cast<int>(end - begin);
-    for (int s = 0; s < n_segments; ++s) groups[i].a[s] = a[s] + begin * stride[s];
+    for (int s = 0; s < n_segments; ++s) groups[i].a[s] = a[s] ? a[s] + begin * stride[s] : nullptr;
   }
   return n;
 }
@@ -386,9 +490,23 @@ struct Tiling {
   int64_t max_columns() const { return ceil_div(width, segments); }
   int64_t max_pixels() const { return max_rows() * max_columns(); }
   int64_t max_groups() const {
-    return max_rows() * ceil_div(max_columns(), kMaxRows) + ceil_div(max_pixels(), kMaxRows);
+    return max_rows() * ceil_div(max_columns() + 2, kMaxRows) + ceil_div(max_pixels(), kMaxRows);
   }
 };
+
+// Elements between the rows of a scratch matrix of `columns` columns: a cache line more where rows a power of two apart
+// would fight for the same few sets of L1.
+template <class T>
+int64_t spread(int64_t columns) {
+  return columns * static_cast<int64_t>(sizeof(T)) % 512 == 0 ? columns + panel_width<T>() : columns;
+}
+
+// Whether rows of x have to be copied before they can be A: to convert them, or because rows `stride` apart share one
+// set of L1.
+template <class S, class T>
+bool must_copy(int64_t stride) {
+  return !Same<S, T>::value || stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
+}
 
 template <class F>
 void parallel_for(const ParallelFor& parallel, int64_t n, const F& f) {
@@ -430,16 +548,11 @@ Image<S> channels_last(const void* data, int64_t height, int64_t width, int64_t 
   return {static_cast<const S*>(data), height * width * pixel_stride, 1, width * pixel_stride, pixel_stride};
 }
 
-// out[(c1 - c0 + 2)][channels]: columns c0 - 1 .. c1 of row `row` (of all images), zero outside the image.
+// out[columns][channels]: columns c0 .. c0 + columns - 1 of row `row` (of all images).
 template <class S, class T>
-void load_padded_row(const Image<S>& x, int64_t height, int64_t width, int64_t row, int64_t c0, int64_t c1,
-                     int64_t channels, T* out) {
-  for (int64_t column = c0 - 1; column <= c1; ++column, out += channels) {
-    if (column < 0 || column >= width) {
-      for (int64_t c = 0; c < channels; ++c) out[c] = 0;
-      continue;
-    }
-    const S* source = x.at(row / height, row % height, column);
+void load_row(const Image<S>& x, int64_t height, int64_t row, int64_t c0, int64_t columns, int64_t channels, T* out) {
+  const S* source = x.at(row / height, row % height, c0);
+  for (int64_t column = 0; column < columns; ++column, source += x.pixel_stride, out += channels) {
     if (x.channel_stride == 1) {
       for (int64_t c = 0; c < channels; ++c) out[c] = to_compute(source[c]);
     } else {
@@ -448,41 +561,104 @@ void load_padded_row(const Image<S>& x, int64_t height, int64_t width, int64_t r
   }
 }
 
-// The PConv of a tile into u[pixels][u_stride]. Buffers: padded[(rows + 3)][(columns + 2) * c_partial], groups for the
-// tile.
-template <class S, class T>
-void pconv_tile(const Image<S>& x, int64_t height, int64_t width, const Tiling::Tile& t, const Packed<T>& w, T* padded,
-                RowGroup<T>* groups, T* u, int64_t u_stride, int64_t total_rows) {
-  const int64_t c_partial = w.n, columns = t.columns();
-  const int64_t padded_row = (columns + 2) * c_partial;
-  T* const zeros = padded + (t.row1 - t.row0 + 2) * padded_row;
-  for (int64_t i = 0; i < padded_row; ++i) zeros[i] = 0;
-  for (int64_t row = t.row0 - 1; row <= t.row1; ++row) {
-    if (row < 0 || row >= total_rows) continue;
-    load_padded_row(x, height, width, row, t.column0, t.column1, c_partial, padded + (row - t.row0 + 1) * padded_row);
+// A 3x3 convolution as one GEMM and a sum. The GEMM makes, for every pixel, what it contributes to its left neighbour,
+// itself and its right neighbour: N = 3 c_partial, K = 3 segments of c_partial, one per kernel row. Three outputs a
+// channel fill the vectors where c_partial alone does not (10 channels are 30 of 32 lanes), A is x itself, and zero
+// padding costs nothing: a kernel row outside the image is a segment left out, a column a term of the sum.
+//
+// u[pixel][c] = sums[pixel - 1][right neighbour] + sums[pixel][itself] + sums[pixel + 1][left neighbour], for one row
+// of `columns` pixels; `sums` starts at the pixel before the first where `before`, and goes on to the one after the
+// last where `after`. Packed outputs are in the order of the kernel's columns: column 0 weighs the pixel to the left.
+template <class T>
+void add_columns(const T* sums, int64_t sums_stride, int64_t columns, bool before, bool after, int64_t c_partial, T* u,
+                 int64_t u_stride) {
+  constexpr int kBytes = FASTERNET_VECTOR_BYTES < kPanelBytes / 2 ? FASTERNET_VECTOR_BYTES : kPanelBytes / 2;
+  using V = typename VecOf<T, kBytes>::type;
+  for (int64_t column = 0; column < columns; ++column, u += u_stride, sums += sums_stride) {
+    const T* const middle = sums + (before ? sums_stride : 0);
+    const T* const left = column > 0 || before ? middle - sums_stride : nullptr;
+    const T* const right = column + 1 < columns || after ? middle + sums_stride : nullptr;
+    for (int64_t c = 0; c < c_partial; c += VecOf<T, kBytes>::kLanes) {  // the lanes beyond c_partial are not used
+      V sum = load<V>(middle + c_partial + c);
+      if (left) sum = load<V>(left + c) + sum;
+      if (right) sum += load<V>(right + 2 * c_partial + c);
+      store(u + c, sum);
+    }
   }
-  const int64_t stride[3] = {c_partial, c_partial, c_partial};
-  int64_t n_groups = 0;
-  for (int64_t row = t.row0; row < t.row1; ++row) {
-    const int64_t y = row % height;
-    const T* middle = padded + (row - t.row0 + 1) * padded_row;
-    const T* const a[3] = {y > 0 ? middle - padded_row : zeros, middle, y + 1 < height ? middle + padded_row : zeros};
-    n_groups += add_groups<T>(groups + n_groups, (row - t.row0) * columns, columns, 3, a, stride);
-  }
-  Gemm<T> g = {};
-  g.groups = groups;
-  g.n_groups = n_groups;
-  g.n_segments = 3;
-  for (int s = 0; s < 3; ++s) {
-    g.segment_k[s] = 3 * c_partial;
-    g.segment_stride[s] = c_partial;
-  }
-  g.b = &w;
-  g.n_end = w.n_padded;
-  g.c = u;
-  g.c_stride = u_stride;
-  gemm(g);
 }
+
+// The buffers of a tile's PConv.
+template <class S, class T>
+struct PConvTile {
+  int64_t c_partial;
+  Packed<T> w;  // 3 c_partial outputs of depth 3 c_partial
+  int64_t u_stride, sums_stride;
+  T *rows, *sums, *u;  // rows: of x, converted where A cannot be x itself
+  RowGroup<T>* groups;
+
+  PConvTile(const void* packed, int64_t c_partial_)
+      : c_partial(c_partial_), w(static_cast<const T*>(packed), 3 * c_partial_, 3 * c_partial_) {
+    u_stride = padded_n(c_partial, sizeof(T));
+    sums_stride = spread<T>(w.n_padded);
+  }
+  static bool copies(const Image<S>& x) { return x.channel_stride != 1 || must_copy<S, T>(x.pixel_stride); }
+  void carve(Carver* carver, const Image<S>& x, const Tiling& tiling) {
+    const int64_t columns = tiling.max_columns() + 2, pixels = tiling.max_rows() * columns;
+    rows = carver->take<T>(copies(x) ? pixels * c_partial + 2 * columns * c_partial : 0);
+    sums = carver->take<T>(pixels * sums_stride + panel_width<T>());
+    u = carver->take<T>(tiling.max_pixels() * u_stride);
+    groups = carver->take<RowGroup<T>>(tiling.max_groups());
+  }
+
+  // The PConv of tile t of x into u; `next` is the weight read after it.
+  void run(const Image<S>& x, int64_t height, int64_t width, const Tiling::Tile& t, int64_t total_rows,
+           const Packed<T>* next) {
+    const bool before = t.column0 > 0, after = t.column1 < width;
+    const int64_t c0 = t.column0 - before, columns = t.column1 + after - c0;
+    const bool copy = copies(x);
+    const int64_t first = t.row0 > 0 ? t.row0 - 1 : 0;
+    const int64_t stride = copy ? c_partial : x.pixel_stride;
+    const bool rows_join = copy || x.row_stride == columns * stride;
+    if (copy) {
+      for (int64_t row = first; row <= clip(t.row1, total_rows - 1); ++row) {
+        load_row(x, height, row, c0, columns, c_partial, rows + (row - first) * columns * c_partial);
+      }
+    }
+    const auto at = [&](int64_t row) -> const T* {
+      if constexpr (Same<S, T>::value) {
+        if (!copy) return x.at(row / height, row % height, c0);
+      }
+      return rows + (row - first) * columns * c_partial;
+    };
+    Gemm<T> g = {};
+    g.groups = groups;
+    g.n_segments = 3;
+    for (int s = 0; s < 3; ++s) {
+      g.segment_k[s] = c_partial;
+      g.segment_stride[s] = stride;
+    }
+    // Rows inside an image follow each other at one stride, so they are cut into groups together.
+    for (int64_t row = t.row0; row < t.row1;) {
+      const int64_t h = row % height;
+      const bool inside = rows_join && h > 0 && h + 1 < height;
+      const int64_t rows_left = inside ? clip(t.row1 - row, height - 1 - h) : 1;
+      const T* const a[3] = {h > 0 ? at(row - 1) : nullptr, at(row), h + 1 < height ? at(row + 1) : nullptr};
+      g.n_groups +=
+          add_groups<T>(groups + g.n_groups, (row - t.row0) * columns, rows_left * columns, 3, a, g.segment_stride);
+      row += rows_left;
+    }
+    g.b = &w;
+    g.n_end = w.n_padded;
+    g.c = sums;
+    g.c_stride = sums_stride;
+    if (next) g.then(*next, 0, 0);
+    gemm(g);
+    for (int64_t row = 0; row < t.row1 - t.row0; ++row) {
+      add_columns(sums + row * columns * sums_stride, sums_stride, t.columns(), before, after, c_partial,
+                  u + row * t.columns() * u_stride, u_stride);
+    }
+  }
+};
 
 // y[.., :c_partial] of one image row from u.
 template <class S, class T>
@@ -518,27 +694,23 @@ void copy_channels(const S* x, int64_t x_channel, int64_t x_pixel, S* y, int64_t
 template <class S, class T>
 void pconv3x3_out_of_place(const PConv3x3& args, const ParallelFor& parallel) {
   const Image<S> x = image<S>(args.x, args.x_stride), y = image<S>(args.y, args.y_stride);
-  const Packed<T> w(static_cast<const T*>(args.packed), args.c_partial, 9 * args.c_partial);
   const int64_t total_rows = args.batch * args.height;
   const Tiling tiling(total_rows, args.width, parallel.num_threads);
   parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
-    T *padded, *u;
-    RowGroup<T>* groups;
+    PConvTile<S, T> pconv(args.packed, args.c_partial);
     Carver carver;
     for (int round = 0; round < 2; ++round) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-      padded = carver.take<T>((tiling.max_rows() + 3) * (tiling.max_columns() + 2) * args.c_partial);
-      u = carver.take<T>(tiling.max_pixels() * w.n_padded);
-      groups = carver.take<RowGroup<T>>(tiling.max_groups());
+      pconv.carve(&carver, x, tiling);
     }
     for (int64_t i = begin; i < end; ++i) {
       const Tiling::Tile t = tiling.tile(i);
-      pconv_tile<S, T>(x, args.height, args.width, t, w, padded, groups, u, w.n_padded, total_rows);
+      pconv.run(x, args.height, args.width, t, total_rows, nullptr);
       for (int64_t row = t.row0; row < t.row1; ++row) {
         const S* from = x.at(row / args.height, row % args.height, t.column0);
         S* to = const_cast<S*>(y.at(row / args.height, row % args.height, t.column0));
-        store_partial<S, T>(u + (row - t.row0) * t.columns() * w.n_padded, w.n_padded, t.columns(), args.c_partial, to,
-                            y.channel_stride, y.pixel_stride);
+        store_partial<S, T>(pconv.u + (row - t.row0) * t.columns() * pconv.u_stride, pconv.u_stride, t.columns(),
+                            args.c_partial, to, y.channel_stride, y.pixel_stride);
         copy_channels<S>(from + args.c_partial * x.channel_stride, x.channel_stride, x.pixel_stride,
                          to + args.c_partial * y.channel_stride, y.channel_stride, y.pixel_stride, t.columns(),
                          args.channels - args.c_partial);
@@ -547,64 +719,60 @@ void pconv3x3_out_of_place(const PConv3x3& args, const ParallelFor& parallel) {
   });
 }
 
-// In place, each thread owns a run of rows and goes down it with a window of three padded copies, so a row is copied
-// before the one above it is overwritten. The rows just outside a run are overwritten by its neighbours at any time;
-// they are copied before any thread starts.
+// In place, each thread owns a run of rows and goes down it with a window of three copies, so a row is copied before
+// the one above it is overwritten. The rows just outside a run are overwritten by its neighbours at any time; they are
+// copied before any thread starts.
 template <class S, class T>
 void pconv3x3_in_place(const PConv3x3& args, const ParallelFor& parallel) {
   const Image<S> x = image<S>(args.x, args.x_stride);
   S* const y = static_cast<S*>(args.y);
-  const Packed<T> w(static_cast<const T*>(args.packed), args.c_partial, 9 * args.c_partial);
   const int64_t height = args.height, width = args.width, c_partial = args.c_partial;
+  const Packed<T> w(static_cast<const T*>(args.packed), 3 * c_partial, 3 * c_partial);
   const int64_t total_rows = args.batch * height;
   const int64_t runs = parallel.num_threads < total_rows ? parallel.num_threads : total_rows;
   if (runs <= 0) return;
-  const int64_t padded_row = (width + 2) * c_partial;
+  const int64_t row_size = width * c_partial;
   const auto run_begin = [&](int64_t run) { return run * total_rows / runs; };
-  T* const outside = static_cast<T*>(scratch(kSlotShared, 2 * runs * padded_row * static_cast<int64_t>(sizeof(T))));
+  T* const outside = static_cast<T*>(scratch(kSlotShared, 2 * runs * row_size * static_cast<int64_t>(sizeof(T))));
   for (int64_t run = 0; run < runs; ++run) {
     const int64_t above = run_begin(run) - 1, below = run_begin(run + 1);
-    if (above >= 0) load_padded_row(x, height, width, above, 0, width, c_partial, outside + 2 * run * padded_row);
-    if (below < total_rows) {
-      load_padded_row(x, height, width, below, 0, width, c_partial, outside + (2 * run + 1) * padded_row);
-    }
+    if (above >= 0) load_row(x, height, above, 0, width, c_partial, outside + 2 * run * row_size);
+    if (below < total_rows) load_row(x, height, below, 0, width, c_partial, outside + (2 * run + 1) * row_size);
   }
+  const int64_t u_stride = padded_n(c_partial, sizeof(T)), sums_stride = spread<T>(w.n_padded);
   parallel_for(parallel, runs, [&](int64_t begin, int64_t end) {
-    T *window, *zeros, *u;
+    T *window, *sums, *u;
     RowGroup<T>* groups;
     Carver carver;
     for (int round = 0; round < 2; ++round) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-      window = carver.take<T>(3 * padded_row);
-      zeros = carver.take<T>(padded_row);
-      u = carver.take<T>(width * w.n_padded);
+      window = carver.take<T>(3 * row_size);
+      sums = carver.take<T>(width * sums_stride + panel_width<T>());
+      u = carver.take<T>(width * u_stride);
       groups = carver.take<RowGroup<T>>(ceil_div(width, kMaxRows));
     }
-    for (int64_t i = 0; i < padded_row; ++i) zeros[i] = 0;
     Gemm<T> g = {};
     g.groups = groups;
     g.n_segments = 3;
-    for (int s = 0; s < 3; ++s) {
-      g.segment_k[s] = 3 * c_partial;
-      g.segment_stride[s] = c_partial;
-    }
+    for (int s = 0; s < 3; ++s) g.segment_k[s] = g.segment_stride[s] = c_partial;
     g.b = &w;
     g.n_end = w.n_padded;
-    g.c = u;
-    g.c_stride = w.n_padded;
+    g.c = sums;
+    g.c_stride = sums_stride;
     for (int64_t run = begin; run < end; ++run) {
       const int64_t row0 = run_begin(run), row1 = run_begin(run + 1);
-      const auto copy_of = [&](int64_t row) { return window + (row - row0) % 3 * padded_row; };
-      load_padded_row(x, height, width, row0, 0, width, c_partial, copy_of(row0));
+      const auto copy_of = [&](int64_t row) { return window + (row - row0) % 3 * row_size; };
+      load_row(x, height, row0, 0, width, c_partial, copy_of(row0));
       for (int64_t row = row0; row < row1; ++row) {
         const int64_t h = row % height;
-        if (row + 1 < row1) load_padded_row(x, height, width, row + 1, 0, width, c_partial, copy_of(row + 1));
-        const T* const above = row > row0 ? copy_of(row - 1) : outside + 2 * run * padded_row;
-        const T* const below = row + 1 < row1 ? copy_of(row + 1) : outside + (2 * run + 1) * padded_row;
-        const T* const a[3] = {h > 0 ? above : zeros, copy_of(row), h + 1 < height ? below : zeros};
+        if (row + 1 < row1) load_row(x, height, row + 1, 0, width, c_partial, copy_of(row + 1));
+        const T* const above = row > row0 ? copy_of(row - 1) : outside + 2 * run * row_size;
+        const T* const below = row + 1 < row1 ? copy_of(row + 1) : outside + (2 * run + 1) * row_size;
+        const T* const a[3] = {h > 0 ? above : nullptr, copy_of(row), h + 1 < height ? below : nullptr};
         g.n_groups = add_groups<T>(groups, 0, width, 3, a, g.segment_stride);
         gemm(g);
-        store_partial<S, T>(u, w.n_padded, width, c_partial, y + row / height * x.batch_stride + h * x.row_stride,
+        add_columns(sums, sums_stride, width, false, false, c_partial, u, u_stride);
+        store_partial<S, T>(u, u_stride, width, c_partial, y + row / height * x.batch_stride + h * x.row_stride,
                             x.channel_stride, x.pixel_stride);
       }
     }
@@ -640,17 +808,21 @@ void store_rows(const T* values, int64_t stride, int64_t rows, int64_t channels,
 template <class S, class T>
 struct MixedRows {
   int64_t c_partial, channels, u_stride;
-  T* rest = nullptr;  // x[:, c_partial:] converted, where storage is not the compute type
+  T* rest = nullptr;  // x[:, c_partial:] copied, where it has to be converted or its rows share the same sets of L1
 
+  int64_t rest_stride() const { return spread<T>(channels - c_partial); }
+  void carve(Carver* carver, int64_t pixel_stride, const Tiling& tiling) {
+    rest = carver->take<T>(must_copy<S, T>(pixel_stride) ? tiling.max_pixels() * rest_stride() : 0);
+  }
   void fill(Gemm<T>* g, RowGroup<T>* groups, const T* u, const S* x, int64_t pixel_stride, int64_t pixels) const {
     const T* a[2] = {u, nullptr};
     int64_t stride[2] = {u_stride, pixel_stride};
-    if constexpr (Same<S, T>::value) {
-      a[1] = x + c_partial;
-    } else {
-      load_rows<S, T>(x + c_partial, pixel_stride, pixels, channels - c_partial, rest, channels - c_partial);
+    if (must_copy<S, T>(pixel_stride)) {
+      load_rows<S, T>(x + c_partial, pixel_stride, pixels, channels - c_partial, rest, rest_stride());
       a[1] = rest;
-      stride[1] = channels - c_partial;
+      stride[1] = rest_stride();
+    } else if constexpr (Same<S, T>::value) {
+      a[1] = x + c_partial;
     }
     g->n_segments = channels > c_partial ? 2 : 1;
     g->segment_k[0] = c_partial;
@@ -668,38 +840,35 @@ int64_t chunk_width(int64_t n_padded, int64_t most) {
   const int64_t chunks = ceil_div(n_padded, most);
   return round_up(ceil_div(n_padded, chunks), panel_width<T>());
 }
-inline int64_t clip(int64_t a, int64_t limit) { return a < limit ? a : limit; }
 
 template <class S, class T>
 void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
   const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
-  const Packed<T> w_partial(static_cast<const T*>(args.packed), args.c_partial, 9 * args.c_partial);
-  const Packed<T> w_pw(w_partial.next(), args.c_out, args.channels);
+  const PConvTile<S, T> pconv_of_tiles(args.packed, args.c_partial);
+  const Packed<T> w_pw(pconv_of_tiles.w.next(), args.c_out, args.channels);
   const int64_t total_rows = args.batch * args.height;
   const Tiling tiling(total_rows, args.width, parallel.num_threads);
   const bool direct = Same<S, T>::value && w_pw.n == w_pw.n_padded;  // the micro-kernel's stores are y itself
   const int64_t chunk = chunk_width<T>(w_pw.n_padded, kHiddenChunk);
   parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
-    T *padded, *u, *out;
-    RowGroup<T>*pconv_groups, *groups;
-    MixedRows<S, T> mixed = {args.c_partial, args.channels, w_partial.n_padded};
+    T* out;
+    RowGroup<T>* groups;
+    PConvTile<S, T> pconv = pconv_of_tiles;
+    MixedRows<S, T> mixed = {args.c_partial, args.channels, pconv.u_stride};
     Carver carver;
     for (int round = 0; round < 2; ++round) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-      padded = carver.take<T>((tiling.max_rows() + 3) * (tiling.max_columns() + 2) * args.c_partial);
-      u = carver.take<T>(tiling.max_pixels() * w_partial.n_padded);
+      pconv.carve(&carver, x, tiling);
       out = carver.take<T>(direct ? 0 : tiling.max_pixels() * chunk);
-      mixed.rest = carver.take<T>(Same<S, T>::value ? 0 : tiling.max_pixels() * (args.channels - args.c_partial));
-      pconv_groups = carver.take<RowGroup<T>>(tiling.max_groups());
+      mixed.carve(&carver, args.x_pixel_stride, tiling);
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
     for (int64_t i = begin; i < end; ++i) {
       const Tiling::Tile t = tiling.tile(i);
       const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-      pconv_tile<S, T>(x, args.height, args.width, t, w_partial, padded, pconv_groups, u, w_partial.n_padded,
-                       total_rows);
+      pconv.run(x, args.height, args.width, t, total_rows, &w_pw);
       Gemm<T> g = {};
-      mixed.fill(&g, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
+      mixed.fill(&g, groups, pconv.u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
       g.b = &w_pw;
       g.shift = true;
       g.act = args.act;
@@ -731,56 +900,56 @@ void block_as(const Block& args, const ParallelFor& parallel) {
   const R* const residual = static_cast<const R*>(args.residual);
   R* const y = static_cast<R*>(args.y);
   const T* const sample_scale = static_cast<const T*>(args.sample_scale);
-  const Packed<T> w_partial(static_cast<const T*>(args.packed), args.c_partial, 9 * args.c_partial);
-  const Packed<T> w_pw1(w_partial.next(), args.c_hidden, args.channels);
+  const PConvTile<S, T> pconv_of_tiles(args.packed, args.c_partial);
+  const Packed<T> w_pw1(pconv_of_tiles.w.next(), args.c_hidden, args.channels);
   const Packed<T> w_pw2(w_pw1.next(), args.channels, args.c_hidden);
   const int64_t total_rows = args.batch * args.height, area = args.height * args.width;
   const Tiling tiling(total_rows, args.width, parallel.num_threads);
   const int64_t chunk = chunk_width<T>(w_pw1.n_padded, kHiddenChunk);
+  const int64_t hidden_stride = spread<T>(chunk), sums_stride = spread<T>(w_pw2.n_padded);
   const bool direct = Same<R, T>::value && w_pw2.n == w_pw2.n_padded && !sample_scale;
   const bool needs_sums = !direct || chunk < w_pw1.n_padded;
   parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
-    T *padded, *u, *hidden, *sums;
-    RowGroup<T>*pconv_groups, *groups, *hidden_groups;
-    MixedRows<S, T> mixed = {args.c_partial, args.channels, w_partial.n_padded};
+    T *hidden, *sums;
+    RowGroup<T>*groups, *hidden_groups;
+    PConvTile<S, T> pconv = pconv_of_tiles;
+    MixedRows<S, T> mixed = {args.c_partial, args.channels, pconv.u_stride};
     Carver carver;
     for (int round = 0; round < 2; ++round) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-      padded = carver.take<T>((tiling.max_rows() + 3) * (tiling.max_columns() + 2) * args.c_partial);
-      u = carver.take<T>(tiling.max_pixels() * w_partial.n_padded);
-      hidden = carver.take<T>(tiling.max_pixels() * chunk);
-      sums = carver.take<T>(needs_sums ? tiling.max_pixels() * w_pw2.n_padded : 0);
-      mixed.rest = carver.take<T>(Same<S, T>::value ? 0 : tiling.max_pixels() * (args.channels - args.c_partial));
-      pconv_groups = carver.take<RowGroup<T>>(tiling.max_groups());
+      pconv.carve(&carver, x, tiling);
+      hidden = carver.take<T>(tiling.max_pixels() * hidden_stride);
+      sums = carver.take<T>(needs_sums ? tiling.max_pixels() * sums_stride : 0);
+      mixed.carve(&carver, args.x_pixel_stride, tiling);
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
       hidden_groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
     for (int64_t i = begin; i < end; ++i) {
       const Tiling::Tile t = tiling.tile(i);
       const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-      pconv_tile<S, T>(x, args.height, args.width, t, w_partial, padded, pconv_groups, u, w_partial.n_padded,
-                       total_rows);
+      pconv.run(x, args.height, args.width, t, total_rows, &w_pw1);
       Gemm<T> expand = {};
-      mixed.fill(&expand, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
+      mixed.fill(&expand, groups, pconv.u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
       expand.b = &w_pw1;
       expand.c = hidden;
-      expand.c_stride = chunk;
+      expand.c_stride = hidden_stride;
       expand.shift = true;
       expand.act = args.act;
       Gemm<T> project = {};
       const T* const a[1] = {hidden};
       project.groups = hidden_groups;
-      project.n_groups = add_groups<T>(hidden_groups, 0, pixels, 1, a, &chunk);
+      project.n_groups = add_groups<T>(hidden_groups, 0, pixels, 1, a, &hidden_stride);
       project.n_segments = 1;
-      project.segment_stride[0] = chunk;
+      project.segment_stride[0] = hidden_stride;
       project.b = &w_pw2;
       project.n_end = w_pw2.n_padded;
       project.c = sums;
-      project.c_stride = w_pw2.n_padded;
-      project.c_in_stride = w_pw2.n_padded;
+      project.c_stride = sums_stride;
+      project.c_in_stride = sums_stride;
       for (int64_t n = 0; n < w_pw1.n_padded; n += chunk) {
         expand.n_begin = n;
         expand.n_end = clip(n + chunk, w_pw1.n_padded);
+        expand.then(w_pw2, 0, n);
         gemm(expand);
         project.k_begin = n;
         project.segment_k[0] = clip(n + chunk, args.c_hidden) - n;  // not the padding: 0 * inf would be NaN
@@ -793,11 +962,16 @@ void block_as(const Block& args, const ParallelFor& parallel) {
             project.residual_stride = args.residual_pixel_stride;
           }
         }
+        if (n + chunk < w_pw1.n_padded) {
+          project.then(w_pw1, n + chunk, 0);
+        } else {
+          project.then(pconv.w, 0, 0);
+        }
         gemm(project);
       }
       if (direct) continue;
       for (int64_t p = 0; p < pixels; ++p) {
-        const T* sum = sums + p * w_pw2.n_padded;
+        const T* sum = sums + p * sums_stride;
         const R* from = residual + (pixel + p) * args.residual_pixel_stride;
         R* to = y + (pixel + p) * args.y_pixel_stride;
         const T factor = sample_scale ? sample_scale[(pixel + p) / area] : T(1);
@@ -808,6 +982,26 @@ void block_as(const Block& args, const ParallelFor& parallel) {
 }
 
 // ---- Patch convolution ----------------------------------------------------------------------------------------------
+
+// One kernel row of `columns` patches, the first at `source`: patches[column][dx][channel], `depth` from patch to
+// patch. kWidth and kChannels are width and channels where they are known to the compiler (FasterNet's stem), else 0.
+template <int kWidth, int kChannels, class S, class T>
+void load_patch_rows(const S* source, const Image<S>& x, int64_t columns, int64_t width, int64_t channels,
+                     int64_t depth, T* patches) {
+  for (int64_t column = 0; column < columns; ++column, patches += depth) {
+    if constexpr (kWidth > 0 && kChannels > 0) {
+      FASTERNET_UNROLL
+      for (int dx = 0; dx < kWidth; ++dx, source += x.pixel_stride) {
+        FASTERNET_UNROLL
+        for (int c = 0; c < kChannels; ++c) patches[dx * kChannels + c] = to_compute(source[c * x.channel_stride]);
+      }
+    } else {  // Clang warns of loops it is told to unroll and cannot
+      for (int64_t dx = 0; dx < width; ++dx, source += x.pixel_stride) {
+        for (int64_t c = 0; c < channels; ++c) patches[dx * channels + c] = to_compute(source[c * x.channel_stride]);
+      }
+    }
+  }
+}
 
 template <class S, class T>
 void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
@@ -851,18 +1045,15 @@ void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
         }
       }
       if (!in_runs) {
+        const bool stem = args.kw == 4 && args.channels == 3;
         for (int64_t row = t.row0; row < t.row1; ++row) {
-          T* const first = patches + (row - t.row0) * columns * depth;
-          for (int64_t c = 0; c < args.channels; ++c) {
-            for (int64_t dy = 0; dy < args.kh; ++dy) {
-              const S* source =
-                  x.at(row / out_height, row % out_height * args.kh + dy, t.column0 * args.kw) + c * x.channel_stride;
-              T* patch = first + dy * run + c;
-              for (int64_t column = 0; column < columns; ++column, patch += depth) {
-                for (int64_t dx = 0; dx < args.kw; ++dx, source += x.pixel_stride) {
-                  patch[dx * args.channels] = to_compute(*source);
-                }
-              }
+          for (int64_t dy = 0; dy < args.kh; ++dy) {
+            const S* source = x.at(row / out_height, row % out_height * args.kh + dy, t.column0 * args.kw);
+            T* const first = patches + (row - t.row0) * columns * depth + dy * run;
+            if (stem) {
+              load_patch_rows<4, 3>(source, x, columns, 4, 3, depth, first);
+            } else {
+              load_patch_rows<0, 0>(source, x, columns, args.kw, args.channels, depth, first);
             }
           }
         }
@@ -999,6 +1190,7 @@ void head(const Head& args, const ParallelFor& parallel) {
   by_dtype<Head>(args.dtype, args, parallel, head_as<float, float>, head_as<double, double>, head_as<bf16, float>);
 }
 
+#include "peak.inl.h"
 #include "training.inl.h"
 
 }  // namespace FASTERNET_ISA_NAMESPACE
@@ -1016,6 +1208,7 @@ const Kernels FASTERNET_KERNELS = {FASTERNET_ISA,
                                    FASTERNET_ISA_NAMESPACE::act_pw_residual,
                                    FASTERNET_ISA_NAMESPACE::act_pw_residual_backward,
                                    FASTERNET_ISA_NAMESPACE::pconv3x3_backward,
-                                   FASTERNET_ISA_NAMESPACE::patch_conv_backward};
+                                   FASTERNET_ISA_NAMESPACE::patch_conv_backward,
+                                   FASTERNET_ISA_NAMESPACE::fma_loop};
 
 }  // namespace fasternet

@@ -16,10 +16,11 @@ float widen(uint16_t bits) {
 // S: how the weights are stored, T: how they are packed.
 template <class S, class T>
 void pack_as(const Weight& weight, T* packed) {
-  const int64_t k = weight.c * weight.kh * weight.kw;
-  const int64_t taps = weight.kh * weight.kw;
+  const int64_t columns = weight.columns_as_outputs ? weight.kw : 1;  // kernel columns that are outputs
+  const int64_t outputs = columns * weight.n, taps = weight.kh * weight.kw;
+  const int64_t k = weight.c * taps / columns;
   const int64_t width = kPanelBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t n_padded = padded_n(weight.n, sizeof(T));
+  const int64_t n_padded = padded_n(outputs, sizeof(T));
   const S* source = static_cast<const S*>(weight.data);
   const T* scale = static_cast<const T*>(weight.scale);
   const T* shift = static_cast<const T*>(weight.shift);
@@ -27,29 +28,30 @@ void pack_as(const Weight& weight, T* packed) {
   for (int64_t n0 = 0; n0 < n_padded; n0 += width) {
     const int64_t lanes = n_padded - n0 < width ? n_padded - n0 : width;
     for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t n = n0 + lane;
-      if (n >= weight.n) {
-        for (int64_t i = 0; i < k; ++i) panel[i * lanes + lane] = 0;
+      const int64_t output = n0 + lane, n = output % weight.n;
+      T* to = panel + lane;
+      if (output >= outputs) {
+        for (int64_t i = 0; i < k; ++i, to += lanes) *to = 0;
         continue;
       }
       const double factor = scale ? static_cast<double>(scale[n]) : 1.0;
-      for (int64_t tap = 0; tap < taps; ++tap) {
-        for (int64_t c = 0; c < weight.c; ++c) {
-          const S stored = source[(n * weight.c + c) * taps + tap];
+      for (int64_t tap = output / weight.n; tap < taps; tap += columns) {
+        const S* from = source + n * weight.c * taps + tap;
+        for (int64_t c = 0; c < weight.c; ++c, from += taps, to += lanes) {
           T value;
           if constexpr (sizeof(S) == 2) {
-            value = static_cast<T>(widen(stored));
+            value = static_cast<T>(widen(*from));
           } else {
-            value = stored;
+            value = *from;
           }
-          panel[(tap * weight.c + c) * lanes + lane] = static_cast<T>(static_cast<double>(value) * factor);
+          *to = static_cast<T>(static_cast<double>(value) * factor);
         }
       }
     }
     panel += lanes * k;
   }
-  for (int64_t n = 0; n < n_padded; ++n) *panel++ = (shift && n < weight.n) ? shift[n] : 0;
-  T* const end = packed + packed_elements(weight.n, k, sizeof(T));
+  for (int64_t n = 0; n < n_padded; ++n) *panel++ = (shift && n < outputs) ? shift[n % weight.n] : 0;
+  T* const end = packed + packed_elements(outputs, k, sizeof(T));
   while (panel < end) *panel++ = 0;
 }
 
@@ -57,6 +59,11 @@ void pack_as(const Weight& weight, T* packed) {
 
 int64_t packed_size(DType dtype, int64_t n, int64_t k) {
   return packed_elements(n, k, dtype == DType::kFloat64 ? sizeof(double) : sizeof(float));
+}
+
+int64_t packed_size(const Weight& weight) {
+  const int64_t columns = weight.columns_as_outputs ? weight.kw : 1;
+  return packed_size(weight.dtype, columns * weight.n, weight.c * weight.kh * weight.kw / columns);
 }
 
 void pack(const Weight& weight, void* packed) {

@@ -457,6 +457,9 @@ void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int
           for (int64_t lane = 0; lane < valid; ++lane) row[lane] = to_compute(source[lane]) * factor;
           for (int64_t lane = valid; lane < lanes; ++lane) row[lane] = 0;
         }
+        if (n_scale) {
+          for (int64_t lane = 0; lane < valid; ++lane) row[lane] *= n_scale[n0 + lane];
+        }
       }
     }
     return;
@@ -778,7 +781,7 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
       padded = carver.take<T>(fused ? padded_elements(tiling, c_partial) : 0);
       u_tile = carver.take<T>(fused ? tiling.max_pixels() * u_stride : 0);
       out = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
-      mixed.rest = carver.take<T>(Same<S, T>::value ? 0 : tiling.max_pixels() * (channels - c_partial));
+      mixed.carve(&carver, args.x_pixel_stride, tiling);
       conv_groups = carver.take<RowGroup<T>>(tiling.max_groups());
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }

@@ -24,7 +24,7 @@ Tensor<T> apply_act(Act act, const std::vector<T>& values) {
   // lane.
   constexpr int64_t kLanes = 16;
   const Filter<T> pw{kLanes, 1, 1, 1, std::vector<T>(kLanes, round_to<T>(1)), {}, {}};
-  const Packed<T> packed({&partial, &pw});
+  const Packed<T> packed({&partial, &pw}, First::kPConv);
   const int64_t count = static_cast<int64_t>(values.size());
   Tensor<T> x({count, 1, 1, 1}), y({count, 1, 1, kLanes}), result({count, 1, 1, 1});
   std::copy(values.begin(), values.end(), x.data());

@@ -31,7 +31,7 @@ struct Operation {
         partial(Filter<T>::random(2, c.c_partial, c.c_partial, 3, 3, false, false)),
         pw1(Filter<T>::random(3, c.c_hidden, c.shape.channels, 1, 1, c.with_bn, c.with_bn)),
         pw2(Filter<T>::random(4, c.shape.channels, c.c_hidden, 1, 1, c.with_layer_scale, false)),
-        packed({&partial, &pw1, &pw2}),
+        packed({&partial, &pw1, &pw2}, First::kPConv),
         residual(c.shape) {
     residual.fill(5);
     for (int64_t b = 0; c.with_sample_scale && b < c.shape.batch; ++b) {

@@ -37,7 +37,7 @@ void test_unusable_isa_is_refused() {
   // Before anything in this process has asked for the instruction set, or the children would inherit the answer.
   const std::vector<Isa> available = fasternet::available_isas();
   std::vector<std::string> names = {"no_such_isa", "AVX-1024", "avx"};
-  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) {
+  for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kNeon}) {
     if (std::find(available.begin(), available.end(), isa) == available.end()) {
       names.push_back(fasternet::isa_name(isa));
     }
@@ -68,6 +68,7 @@ void test_names() {
   check(fasternet::isa_name(Isa::kGeneric) == std::string("generic"), "isa_name", "generic");
   check(fasternet::isa_name(Isa::kAvx2) == std::string("avx2"), "isa_name", "avx2");
   check(fasternet::isa_name(Isa::kAvx512) == std::string("avx512"), "isa_name", "avx512");
+  check(fasternet::isa_name(Isa::kNeon) == std::string("neon"), "isa_name", "neon");
   check(!fasternet::compiler().empty(), "compiler", "empty");
   for (Act act : all_acts()) check(fasternet::parse_act(act_name(act)) == act, "parse_act", act_name(act));
   for (const char* name : {"", "RELU", "relu ", "tanh"}) {
@@ -81,6 +82,14 @@ void test_names() {
   }
 }
 
+void test_fma_peak() {
+  for (double seconds : {1e-6, 2e-3}) {
+    const double peak = fasternet::fma_peak(seconds, fasternet::serial());
+    // No lower bound: this may run on an emulator, and be suspended in between.
+    check(peak > 0 && peak < 1e13, "fma_peak", "is " + std::to_string(peak) + " operations per second");
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -88,5 +97,6 @@ int main() {
   return run_tests("test_isa", [] {
     test_available_isas();
     test_names();
+    test_fma_peak();
   });
 }

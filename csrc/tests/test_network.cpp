@@ -5,8 +5,18 @@
 
 #include "testing.h"
 
-// Scratch is the only memory that asks for an alignment: these count it.
-std::atomic<int> allocations{0}, alive{0};
+// Scratch is the only memory that asks for an alignment: these count it, and all other memory apart.
+std::atomic<int> allocations{0}, alive{0}, other_allocations{0};
+
+// Not inlined, or GCC takes free() of what new gave for a mistake.
+__attribute__((noinline)) void* operator new(std::size_t bytes) {
+  void* const p = std::malloc(bytes > 0 ? bytes : 1);
+  if (p == nullptr) throw std::bad_alloc();
+  ++other_allocations;
+  return p;
+}
+__attribute__((noinline)) void operator delete(void* p) noexcept { std::free(p); }
+__attribute__((noinline)) void operator delete(void* p, std::size_t) noexcept { ::operator delete(p); }
 
 void* operator new(std::size_t bytes, std::align_val_t alignment) {
   const std::size_t line = static_cast<std::size_t>(alignment);
@@ -47,7 +57,7 @@ struct Plan {
     const auto partial = Filter<T>::random(seed, c_partial, c_partial, 3, 3, false, false);
     const auto pw1 = Filter<T>::random(seed + 1, 2 * channels, channels, 1, 1, true, true);
     const auto pw2 = Filter<T>::random(seed + 2, channels, 2 * channels, 1, 1, false, false);
-    return Packed<T>({&partial, &pw1, &pw2});
+    return Packed<T>({&partial, &pw1, &pw2}, First::kPConv);
   }
 
   std::vector<Step> steps() const {
@@ -196,17 +206,58 @@ void test_scratch(int64_t bytes, bool kept) {
   for (int call = 0; call < 3; ++call) {
     Tensor<float> y = right.blank();
     void* const results[] = {y.data()};
-    const int allocated_before = allocations, alive_before = alive;
+    const int allocated_before = allocations, alive_before = alive, other_before = other_allocations;
     fasternet::network(args, results, fasternet::serial());
+    const int other = other_allocations - other_before;
     check(y.same_bits(right), name, "call " + std::to_string(call) + " differs from its operators");
     if (call == 0) continue;  // the first one allocates in either case
     const int allocated = allocations - allocated_before;
     if (kept) {
       check(allocated == 0, name, "a call after the first allocated " + std::to_string(allocated) + " buffers");
+      check(other == 0, name, "a call after the first allocated memory " + std::to_string(other) + " times");
     } else {
       check(allocated >= 2, name, "a large buffer was kept between the calls");
       check(alive == alive_before, name, "a large buffer outlives the call");
     }
+  }
+}
+
+// A whole network, blocks and head included: no call after the first asks for memory.
+template <class T>
+void test_no_allocation() {
+  const Plan<T> plan;
+  const std::vector<Step> steps = plan.steps();
+  Tensor<T> x({2, 40, 56, Plan<T>::kIn});
+  x.fill(5);
+  const fasternet::Network args = network_of(x, steps);
+  std::vector<std::vector<T>> outputs;
+  std::vector<void*> results;
+  for (const fasternet::FeatureShape& f : fasternet::network_outputs(args)) {
+    outputs.emplace_back(static_cast<size_t>(2 * f.channels * std::abs(f.height * f.width)));
+    results.push_back(outputs.back().data());
+  }
+  fasternet::network(args, results.data(), fasternet::serial());
+  const int before = allocations + other_allocations;
+  fasternet::network(args, results.data(), fasternet::serial());
+  const int count = allocations + other_allocations - before;
+  check(count == 0, std::string("network ") + Storage<T>::kName,
+        "a call allocated " + std::to_string(count) + " times");
+}
+
+void test_too_large() {
+  const Plan<float> plan;
+  const std::vector<Step> steps = plan.steps();
+  Tensor<float> x({1, 32, 32, Plan<float>::kIn});
+  for (int64_t batch : {int64_t{1}, int64_t{1} << 40}) {
+    fasternet::Network args = network_of(x, steps);
+    args.batch = batch, args.height = args.width = int64_t{1} << (batch == 1 ? 34 : 18);
+    bool thrown = false;
+    try {
+      fasternet::network_outputs(args);
+    } catch (const std::invalid_argument&) {
+      thrown = true;
+    }
+    check(thrown, "network", "must refuse images whose size in bytes is no int64");
   }
 }
 
@@ -219,6 +270,7 @@ void test_type() {
     test_same_bits_as_operators<T>({0, 32, 32, Plan<T>::kIn}, layout);
   }
   test_bad_plans<T>();
+  test_no_allocation<T>();
 }
 
 }  // namespace
@@ -228,6 +280,7 @@ int main() {
     test_type<float>();
     test_type<double>();
     test_type<BFloat16>();
+    test_too_large();
     test_scratch(int64_t{30} << 20, true);
     test_scratch(int64_t{36} << 20, false);
     test_scratch(int64_t{30} << 20, true);

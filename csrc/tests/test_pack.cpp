@@ -45,8 +45,41 @@ void test_layout(int64_t n, int64_t c, int64_t kh, int64_t kw, bool with_scale, 
   check(shift_right, name, "the shift is not behind the panels");
 }
 
+// PConv's weight: outputs (kernel column, output), K over (kernel row, channel).
+template <class T>
+void test_pconv_layout(int64_t n) {
+  using Element = Compute<T>;
+  const std::string name = std::string("pack of PConv ") + Storage<T>::kName + " " + std::to_string(n);
+  const auto filter = Filter<T>::random(1, n, n, 3, 3, false, false);
+  const Packed<T> packed({&filter}, First::kPConv);
+  const int64_t outputs = 3 * n, line = 64 / static_cast<int64_t>(sizeof(Element));
+  const std::vector<Element> folded = filter.template folded<Element>();
+  const Element* next = packed.data();
+  bool right = true, padding_zero = true;
+  for (int64_t first = 0; first < outputs; first += line) {
+    const int64_t width = outputs - first <= line / 2 ? line / 2 : line;
+    for (int64_t i = 0; i < 3; ++i) {
+      for (int64_t channel = 0; channel < n; ++channel) {
+        for (int64_t lane = 0; lane < width; ++lane, ++next) {
+          const int64_t output = first + lane;
+          if (output < outputs) {
+            right &= *next == folded[static_cast<size_t>(((output % n * n + channel) * 3 + i) * 3 + output / n)];
+          } else {
+            padding_zero &= *next == 0;
+          }
+        }
+      }
+    }
+  }
+  const int64_t size = fasternet::packed_size(Storage<T>::kDType, outputs, outputs);
+  for (const Element* p = next; p < packed.data() + size; ++p) padding_zero &= *p == 0;
+  check(right, name, "a weight is not where it belongs");
+  check(padding_zero, name, "padding or the shift is not zero");
+}
+
 template <class T>
 void test_type() {
+  for (int64_t n : {1, 2, 5, 8, 10, 16, 36}) test_pconv_layout<T>(n);
   for (int64_t n : {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40}) {
     test_layout<T>(n, 3, 3, 3, false, false);
     test_layout<T>(n, 37, 1, 1, true, true);

@@ -39,7 +39,7 @@ template <class T>
 void test_case(const Case& c) {
   const std::string name = name_of<T>(c);
   const auto filter = Filter<T>::random(2, c.c_partial, c.c_partial, 3, 3, false, false);
-  const Packed<T> packed({&filter});
+  const Packed<T> packed({&filter}, First::kPConv);
   Tensor<T> x(c.shape, c.x_layout, c.x_slice), y(c.shape, c.y_layout, c.y_slice);
   x.fill(1);
 
@@ -68,7 +68,7 @@ template <class T>
 void test_non_finite(const Shape& shape, int64_t c_partial, Layout layout) {
   const Case c{shape, c_partial, layout, layout, {}, {}};
   const auto filter = Filter<T>::random(4, c_partial, c_partial, 3, 3, false, false);
-  const Packed<T> packed({&filter});
+  const Packed<T> packed({&filter}, First::kPConv);
   for (double special :
        {std::nan(""), std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity()}) {
     for (int64_t channel : {int64_t{0}, c_partial - 1, shape.channels - 1}) {

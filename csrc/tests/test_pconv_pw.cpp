@@ -27,7 +27,7 @@ struct Operation {
       : c(c),
         partial(Filter<T>::random(2, c.c_partial, c.c_partial, 3, 3, false, false)),
         pw(Filter<T>::random(3, c.c_out, c.shape.channels, 1, 1, c.with_scale, c.with_shift)),
-        packed({&partial, &pw}) {}
+        packed({&partial, &pw}, First::kPConv) {}
 
   void operator()(const Tensor<T>& x, Tensor<T>* y, const ParallelFor& parallel, int64_t = 0) const {
     fasternet::PConvPw args;

@@ -59,7 +59,9 @@ int run_tests(const char* test, Body body) {
   const char* wanted = std::getenv("FASTERNET_KERNELS_ISA");
   if (wanted != nullptr && *wanted != '\0') {
     bool known = false, available = false;
-    for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512}) known |= wanted == std::string(fasternet::isa_name(isa));
+    for (Isa isa : {Isa::kGeneric, Isa::kAvx2, Isa::kAvx512, Isa::kNeon}) {
+      known |= wanted == std::string(fasternet::isa_name(isa));
+    }
     for (Isa isa : fasternet::available_isas()) available |= wanted == std::string(fasternet::isa_name(isa));
     if (known && !available) {
       std::printf("SKIP: %s: this build or this processor has no %s\n", test, wanted);
@@ -314,20 +316,16 @@ struct Filter {
   double shift_of(int64_t channel) const { return shift.empty() ? 0.0 : shift[static_cast<size_t>(channel)]; }
 };
 
-// Filters packed one after the other into memory that is aligned to a cache line and ends where they do.
+// Filters packed one after the other into memory that is aligned to a cache line and ends where they do; the first one
+// PConv's or not.
+enum class First { kPConv, kOther };
 template <class T>
 class Packed {
  public:
-  explicit Packed(const std::vector<const Filter<T>*>& filters) {
+  explicit Packed(const std::vector<const Filter<T>*>& filters, First first = First::kOther) {
     const DType dtype = Storage<T>::kDType;
+    std::vector<fasternet::Weight> weights;
     int64_t size = 0;
-    for (const Filter<T>* f : filters) size += fasternet::packed_size(dtype, f->n, f->c * f->kh * f->kw);
-    constexpr size_t kCacheLine = 64;
-    const size_t bytes = (static_cast<size_t>(size) * sizeof(Compute<T>) + kCacheLine - 1) / kCacheLine * kCacheLine;
-    data_.reset(static_cast<Compute<T>*>(std::aligned_alloc(kCacheLine, std::max(bytes, kCacheLine))));
-    if (data_ == nullptr) throw std::bad_alloc();
-    std::fill_n(data_.get(), size, std::numeric_limits<Compute<T>>::quiet_NaN());
-    Compute<T>* next = data_.get();
     for (const Filter<T>* f : filters) {
       fasternet::Weight weight;
       weight.data = f->weight.data();
@@ -335,8 +333,19 @@ class Packed {
       weight.n = f->n, weight.c = f->c, weight.kh = f->kh, weight.kw = f->kw;
       weight.scale = f->scale.empty() ? nullptr : f->scale.data();
       weight.shift = f->shift.empty() ? nullptr : f->shift.data();
+      weight.columns_as_outputs = weights.empty() && first == First::kPConv;
+      weights.push_back(weight);
+      size += fasternet::packed_size(weight);
+    }
+    constexpr size_t kCacheLine = 64;
+    const size_t bytes = (static_cast<size_t>(size) * sizeof(Compute<T>) + kCacheLine - 1) / kCacheLine * kCacheLine;
+    data_.reset(static_cast<Compute<T>*>(std::aligned_alloc(kCacheLine, std::max(bytes, kCacheLine))));
+    if (data_ == nullptr) throw std::bad_alloc();
+    std::fill_n(data_.get(), size, std::numeric_limits<Compute<T>>::quiet_NaN());
+    Compute<T>* next = data_.get();
+    for (const fasternet::Weight& weight : weights) {
       fasternet::pack(weight, next);
-      next += fasternet::packed_size(dtype, f->n, f->c * f->kh * f->kw);
+      next += fasternet::packed_size(weight);
     }
   }
 

@@ -1,0 +1,226 @@
+"""Measures this library against other runtimes, on this machine.
+
+    python -m bench                 the rows that the goals are about, then the goals: 20 minutes
+    python -m bench networks        whole networks; also blocks (chains of them), operators
+    python -m bench report          the goals, from the CSV
+    python -m bench plot            charts, from the CSV
+    python -m bench readme          README's tables, from the newest CSV
+
+Rows are appended to bench/results/<device>.csv as they come. Cut off? `--resume` goes on where the
+last run ended. Filters: --only t0,s --providers ours,mnn --threads 1 --batch 1 --mode latency.
+Tables compare rows of one session only; trials belong elsewhere, --csv trial.csv. Close everything
+else first: what another process takes, some provider loses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from bench import plot, report, results, session, workloads
+from bench.providers import PROVIDERS
+from bench.session import Pool, Spec
+
+__all__ = ["main", "specs"]
+
+KINDS = {"networks": "network", "blocks": "chain", "operators": "operator"}
+THREADS = (1, 2, 4, 8, 16)
+BUSY = 0.15  # processors: more than a quiet system's own housekeeping
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    args = _parser().parse_args(argv)
+    path = args.csv or results.default_path()
+    try:
+        if args.command == "report":
+            print(report.text(results.read(path)))
+        elif args.command == "plot":
+            for file in plot.draw(results.read(path), args.out or path.with_suffix("")):
+                print(file)
+        elif args.command == "readme":
+            newest = args.csv or results.newest_file() or path
+            report.update_readme(results.read(newest), args.out or results.ROOT / "README.md")
+        else:
+            _measure(args, path)
+    except (ImportError, OSError, ValueError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    def words(text: str) -> tuple[str, ...]:
+        return tuple(word for word in text.split(",") if word)
+
+    def numbers(text: str) -> tuple[int, ...]:
+        found = tuple(map(int, words(text)))
+        if not found or min(found) < 1:
+            raise argparse.ArgumentTypeError(f"expected numbers from 1 on, got {text!r}")
+        return found
+
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "command", nargs="?", default="goals", choices=["goals", *KINDS, "report", "plot", "readme"]
+    )
+    parser.add_argument("--csv", type=Path, help="results; by default those of this device")
+    parser.add_argument("--out", type=Path, help="folder of charts, or file of the tables")
+    parser.add_argument(
+        "--only", type=words, help="workloads that contain one of these words, such as t0,stage1"
+    )
+    parser.add_argument("--providers", type=words, help=f"of {', '.join(PROVIDERS)}")
+    parser.add_argument("--threads", type=numbers, help="such as 1,2; by default doubled up to all")
+    parser.add_argument("--batch", type=numbers, help="images per call, such as 1,16")
+    parser.add_argument("--mode", choices=["latency", "streams"], help="by default both")
+    parser.add_argument(
+        "--dtype",
+        default="fp32",
+        choices=list(workloads.DTYPES),
+        help="bf16: those that can, beside themselves in fp32",
+    )
+    parser.add_argument("--quick", action="store_true", help="few short bursts, for a look")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="RUN", help="go on with a run, by default the last"
+    )
+    return parser
+
+
+# ---- What is measured ----------------------------------------------------------------------------
+
+
+def specs(args: argparse.Namespace) -> list[Spec]:
+    """The sessions of a command, those with the same number of threads together.
+
+    Raises:
+        ValueError: a filter names nothing.
+    """
+    for name in args.providers or ():
+        if name not in PROVIDERS:
+            raise ValueError(f"no provider {name!r}; there are {', '.join(PROVIDERS)}")
+    if args.command == "goals":
+        found = _goal_specs(args)
+    else:
+        batches = (1, 16) if args.command == "networks" else (1,)
+        found = _kind_specs(args, KINDS[args.command], batches=batches)
+    found = [spec for spec in found if any(spec.contenders())]
+    if not found:
+        raise ValueError("the filters leave nothing to measure")
+    return sorted(found, key=lambda spec: spec.threads if spec.mode == "latency" else 1.5)
+
+
+def _processors() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _threads(args: argparse.Namespace) -> tuple[int, ...]:
+    if args.threads:
+        return args.threads
+    return tuple(n for n in THREADS if n <= _processors())
+
+
+def _selected(args: argparse.Namespace, kind: str) -> list[str]:
+    """Names of a kind that --only leaves."""
+    names = [w.name for w in workloads.all_workloads().values() if w.kind == kind]
+    if args.only:
+        names = [n for n in names if any(word in n.split("_") or word == n for word in args.only)]
+    return names
+
+
+def _kind_specs(
+    args: argparse.Namespace,
+    kind: str,
+    providers: Sequence[str] = tuple(PROVIDERS),
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] | None = None,
+    modes: Sequence[str] = ("latency", "streams"),
+) -> list[Spec]:
+    """Every workload of a kind, as the filters leave them; what follows `kind` are defaults."""
+    names = _selected(args, kind)
+    if args.providers:
+        providers = args.providers
+    elif kind == "operator":  # the other runtimes run networks; eager PyTorch runs operators
+        providers = [p for p in providers if p.startswith(("eager", "ours"))]
+    dtypes = ("fp32",) if args.dtype == "fp32" else ("fp32", "bf16")
+    if args.dtype == "bf16":
+        providers = [p for p in providers if "bf16" in PROVIDERS[p].dtypes]
+    modes = [args.mode] if args.mode else modes if kind == "network" else ["latency"]
+    # Beside T0 and not alone: how the two compare is a ratio of rounds.
+    groups = [(n,) for n in names if n != "mobilenetv2_100"]
+    if "mobilenetv2_100" in names:
+        beside = ("fasternet_t0",)
+        groups = [g for g in groups if g != beside] + [(*beside, "mobilenetv2_100")]
+        groups.sort(key=lambda group: names.index(group[0]) if group[0] in names else -1)
+    found = []
+    for batch in args.batch or batches:
+        for group in groups:
+            if batch != 1 and len(group) > 1:
+                group = group[:1]
+            for n in threads or _threads(args):
+                for mode in modes:
+                    if mode == "latency" or (n > 1 and batch == 1):
+                        found.append(Spec(group, tuple(providers), batch, n, mode, tuple(dtypes)))
+    return found
+
+
+def _goal_specs(args: argparse.Namespace) -> list[Spec]:
+    """The rows that the goals are about: networks at batch 1 with everybody, at batch 16 without
+    eager PyTorch, and chains for their share of the peak alone."""
+    compiled = [name for name in PROVIDERS if not name.startswith("eager")]
+    ours = [name for name in PROVIDERS if name.startswith("ours")]
+    found = []
+    for batch, providers in ((1, tuple(PROVIDERS)), (16, compiled)):
+        if not args.batch or batch in args.batch:
+            only = argparse.Namespace(**{**vars(args), "batch": (batch,)})
+            found += _kind_specs(only, "network", providers, modes=["latency"])
+    if args.mode != "streams":
+        found += _kind_specs(args, "chain", ours, threads=args.threads or (1,))
+    return found
+
+
+def _measure(args: argparse.Namespace, path: Path) -> None:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        raise ImportError("needs tqdm: pip install 'fasternet_kernels[bench]'") from None
+
+    todo = specs(args)
+    run = results.now()
+    if args.resume is not None:
+        run = args.resume or results.newest_run(results.read(path)) or run
+    with Pool() as pool:
+        busy = session.other_load(pool)
+    if busy is not None and busy > BUSY:
+        print(f"Warning: other processes keep {busy:.1f} processors busy.", file=sys.stderr)
+    weights = [spec.expected_seconds(args.quick) for spec in todo]
+    minutes = max(1, round(sum(weights) / 60))
+    print(f"run {run}, {len(todo)} sessions, about {minutes} min, {path}", flush=True)
+    before = dict(zip(todo, itertools.accumulate(weights, initial=0.0)))
+    expected = dict(zip(todo, weights))
+    with tqdm(
+        total=round(sum(weights)),
+        bar_format="{l_bar}{bar}| {elapsed}, {remaining} left {postfix}",
+        disable=None,
+    ) as bar:
+
+        def progress(spec: Spec, what: str, share: float) -> None:
+            bar.set_postfix_str(what, refresh=False)
+            bar.update(before[spec] + share * expected[spec] - bar.n)
+
+        for spec, rows in session.measure(todo, path, run, progress, args.quick):
+            tqdm.write(report.session_text(spec.title, rows))
+    if args.command == "goals":
+        print(report.text([row for row in results.read(path) if row.run == run]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,546 @@
+"""bench/: statistics, rows, the parity gate, goals, tables and charts; no time decides a test."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import fasternet_kernels as fk
+from bench import plot, report, results, session, stats, workloads
+from bench.__main__ import _parser, main, specs
+from bench.providers import PEERS, PROVIDERS, available
+from fasternet_kernels import models, timing
+
+MAC = 2  # FLOPs
+
+
+def row(provider="ours", median_ms=1.0, **changes) -> results.Row:
+    """A row as a session makes them, of three rounds around `median_ms`."""
+    values = {
+        "run": "r1",
+        "session": "r1/0",
+        "date": "2026-01-02T03:04:05Z",
+        "commit": "abc",
+        "dirty": False,
+        "processor": 'A "processor", of sorts',
+        "cores": 2,
+        "isa": "avx2",
+        "compiler": "GCC 12",
+        "python": "3.11",
+        "fasternet_kernels": "0.1.0",
+        "torch": "2.13.0",
+        "onnxruntime": "1.32.0",
+        "openvino": "",
+        "mnn": "",
+        "kind": "network",
+        "workload": "fasternet_t0",
+        "channels": 3,
+        "height": 224,
+        "width": 224,
+        "act": "gelu",
+        "batch": 1,
+        "threads": 1,
+        "mode": "latency",
+        "dtype": "fp32",
+        "provider": provider,
+        "status": "ok",
+        "error_rel_l2": 1.5e-6,
+        "median_ms": median_ms,
+        "p20_ms": median_ms * 0.5,
+        "p80_ms": median_ms * 1.5,
+        "min_ms": median_ms * 0.25,
+        "images_per_s": 1e3 / median_ms,
+        "gflop_per_s": 100.0,
+        "peak_share": 0.5,
+        "round_medians_ms": (median_ms, median_ms * 2, median_ms * 4),
+    }
+    return results.Row(**{**values, **changes})
+
+
+def failed(provider, status, **changes) -> results.Row:
+    numbers = (
+        "median_ms", "p20_ms", "p80_ms", "min_ms", "images_per_s", "gflop_per_s", "peak_share",
+    )  # fmt: skip
+    none = dict.fromkeys(numbers)
+    return dataclasses.replace(row(provider), status=status, round_medians_ms=(), **none, **changes)
+
+
+# ---- Statistics ----------------------------------------------------------------------------------
+
+
+def test_speedup_takes_ratios_round_by_round():
+    """A machine that halves its speed between rounds does not change the ratio."""
+    assert stats.speedup([3.0, 6.0, 12.0], [1.0, 2.0, 4.0]) == (3.0, 3.0, 3.0)
+
+
+def test_speedup_has_the_bootstrap_interval_of_a_median():
+    """Exact for an odd number n of distinct values: a resampled median is at most the k-th smallest
+    when at least half of n draws are among the k smallest."""
+    n = 9
+    values = np.sort(np.random.default_rng(1).uniform(1, 2, n))
+
+    def at_most(k):
+        draws = range(n // 2 + 1, n + 1)
+        return sum(math.comb(n, m) * (k / n) ** m * (1 - k / n) ** (n - m) for m in draws)
+
+    low = next(values[k - 1] for k in range(1, n + 1) if at_most(k) >= 0.025)
+    high = next(values[k - 1] for k in range(1, n + 1) if at_most(k) >= 0.975)
+    shuffled = np.random.default_rng(2).permutation(values)
+    got = stats.speedup(shuffled, np.ones(n))
+    assert got == (np.median(values), low, high)
+    assert stats.speedup(shuffled, np.ones(n)) == got
+
+
+def test_speedup_refuses_rounds_that_are_not_pairs():
+    for pair in (([1.0], [1.0, 2.0]), ([], [])):
+        with pytest.raises(ValueError, match="expected as many, at least one"):
+            stats.speedup(*pair)
+
+
+# ---- Workloads -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name, gmacs",
+    [("t0", 0.34), ("t1", 0.85), ("t2", 1.91), ("s", 4.56), ("m", 8.74), ("l", 15.52)],
+)
+def test_flops_of_networks_are_the_papers(name, gmacs):
+    """Table 3 of arXiv 2303.03667."""
+    flops = workloads.find(f"fasternet_{name}").flops(2)
+    assert flops == pytest.approx(2 * MAC * gmacs * 1e9, rel=0.02)
+
+
+def test_mobilenet_is_timms():
+    """With BatchNorm and activation apart it is the network that it was, and it can be folded."""
+    workload = workloads.find("mobilenetv2_100")
+    try:
+        timm = workloads._import_timm()
+    except ImportError as error:
+        pytest.skip(str(error))
+    module, x = workload.build().double(), workloads.images(workload, 1).double()
+    original = timm.create_model("mobilenetv2_100").eval().double()
+    tensors = list(module.state_dict().values())
+    shapes = [tensor.shape for tensor in original.state_dict().values()]
+    assert [tensor.shape for tensor in tensors] == shapes
+    original.load_state_dict(dict(zip(original.state_dict(), tensors)))
+    with torch.no_grad():
+        exact = original(x).numpy()
+        for same in (module, models.fold_batch_norm(module)):
+            assert session.parity(same(x).numpy(), exact, "fp32")[0] < 1e-12
+    assert workload.flops(1) == pytest.approx(MAC * 0.30e9, rel=0.03)  # arXiv 1801.04381
+
+
+def test_flops_and_traffic_of_a_chain():
+    chain = workloads.find("m_stage3_relu")
+    c, side, blocks = 576, 14, workloads.CHAIN_BLOCKS
+    weights = 9 * (c // 4) ** 2 + 4 * c * c
+    norm = 2 * 2 * c
+    assert chain.shape == (c, side, side)
+    assert chain.flops(3) == blocks * 3 * side**2 * weights * MAC
+    assert chain.traffic(3) == blocks * (weights + norm + 2 * 3 * c * side**2)
+
+
+def test_workloads_are_the_same_in_every_process():
+    workload = workloads.find("t0_stage4_gelu")
+    one, other = workload.build().state_dict(), workload.build().state_dict()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert torch.equal(workloads.images(workload, 3)[:2], workloads.images(workload, 2))
+    weights = [value for key, value in one.items() if key.endswith("mlp.0.weight")]
+    assert len({float(value.sum()) for value in weights}) == workloads.CHAIN_BLOCKS
+
+
+def test_there_is_a_chain_for_each_stage_and_act():
+    chains = [w for w in workloads.all_workloads().values() if w.kind == "chain"]
+    assert len(chains) == 6 * 4 + 2 * 4  # ReLU everywhere, GELU where the network has it
+    assert {w.shape[0] for w in chains} >= {40, 80, 576, 1152, 1536}
+
+
+def test_unknown_workload():
+    with pytest.raises(ValueError, match="no workload 'resnet50'"):
+        workloads.find("resnet50")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "pconv3x3_t0_stage4",
+        "pconv_pw_t0_stage4",
+        "patch_conv_t0_stage4",
+        "head_t0",
+        "t0_stage4_gelu",
+    ],
+)
+def test_ours_computes_the_workload(name):
+    """What is timed as ours passes the gate, with room: the ops are fed folded, packed weights."""
+    from bench.providers import _packed_ops
+
+    workload = workloads.find(name)
+    module, x = workload.build(), workloads.images(workload, 2)
+    with torch.no_grad():
+        exact = workload.build().double()(x.double()).numpy()
+        got = _packed_ops(module)(x.to(memory_format=torch.channels_last)).numpy()
+    assert session.parity(got, exact, "fp32")[0] < 1e-5
+
+
+# ---- Rows ----------------------------------------------------------------------------------------
+
+
+def test_rows_survive_the_csv(tmp_path):
+    path = tmp_path / "new" / "results.csv"
+    rows = [row(), failed("mnn", 'died with status -11: "bad", it said'), row(dirty=True)]
+    results.append(path, rows[:1])
+    results.append(path, rows[1:])
+    assert results.read(path) == rows
+    assert results.read(tmp_path / "none.csv") == []
+    assert results.newest_run(rows) == "r1"
+
+
+def test_the_fullest_of_the_last_sessions_counts():
+    old = [row("ours", 3.0, session="1"), row("mnn", 3.0, session="1")]
+    new = [row("ours", 2.0, session="2"), row("mnn", 2.0, session="2")]
+    look = [row("ours", 1.0, session="3"), failed("mnn", "not installed", session="3")]
+    elsewhere = row("ours", 1.0, session="4", threads=2)
+    assert results.latest([*old, *new, *look, elsewhere]) == [*new, elsewhere]
+
+
+def test_other_columns_are_refused(tmp_path):
+    path = tmp_path / "results.csv"
+    results.append(path, [row()])
+    text = path.read_text().replace("peak_share", "share")
+    path.write_text(text)
+    for use in (results.read, lambda p: results.append(p, [row()])):
+        with pytest.raises(ValueError, match=r"other columns \(peak_share, share\)"):
+            use(path)
+    assert path.read_text() == text
+
+
+def test_provenance():
+    about = results.provenance()
+    fields = {field.name for field in dataclasses.fields(results.Row)}
+    assert set(about) < fields
+    assert about["torch"] == torch.__version__
+    assert about["isa"] == fk.library.status().isa
+
+
+def test_newest_file(tmp_path):
+    assert results.newest_file(tmp_path) is None
+    results.append(tmp_path / "a.csv", [row(date="2026-02-01T00:00:00Z")])
+    results.append(tmp_path / "b.csv", [row(date="2026-01-01T00:00:00Z")])
+    assert results.newest_file(tmp_path) == tmp_path / "a.csv"
+
+
+# ---- The gate ------------------------------------------------------------------------------------
+
+
+def test_parity():
+    exact = np.array([[3.0, -4.0]])
+    relative, maximum, reason = session.parity(np.float32([[3.0, -4.005]]), exact, "fp32")
+    assert relative == pytest.approx(1e-3, rel=1e-4)
+    assert maximum == pytest.approx(5e-3, rel=1e-4)
+    assert reason.startswith("wrong answer: relative L2 error 1.0e-03")
+    assert not session.parity(np.float32([[3.0, -4.004]]), exact, "fp32")[2]
+    assert not session.parity(np.float32([[3.0, -4.1]]), exact, "bf16")[2]
+    for wrong in ([[np.nan, -4.0]], [[np.inf, -4.0]], [[3.0, 4.0]]):
+        assert session.parity(np.float32(wrong), exact, "fp32")[2]
+    assert "shape (2,), expected (1, 2)" in session.parity(np.float32([3, -4]), exact, "fp32")[2]
+
+
+class FakeProcess:
+    """Answers `prepare` with an array and nothing else."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def request(self, command, *arguments, seconds=0):
+        assert command == "prepare"
+        return self.answer, 0.001
+
+
+def test_a_wrong_provider_gets_no_number(monkeypatch, tmp_path):
+    monkeypatch.setattr(session, "CACHE", tmp_path)
+    workload = workloads.find("t0_stage4_gelu")
+    exact = session._exact(workload, 1, "fp32")
+    # One tap of one block's 3x3 left out: a small error, as real ones are.
+    module = workload.build()
+    module[3].spatial_mixing.partial_conv3.weight.data[:, :, 0, 1] = 0
+    with torch.no_grad():
+        wrong = module(workloads.images(workload, 1)).numpy()
+    task = session.Task("t0_stage4_gelu", 1, 1, "fp32", tmp_path / "unused.npy")
+    for answer, ok in ((exact.astype(np.float32), True), (wrong, False)):
+        contender = session.Contender(workload, "ours", "fp32", [FakeProcess(answer)])
+        contender.prepare(task)
+        assert (contender.status == "ok") is ok
+    assert "wrong answer" in contender.status
+    assert contender.errors[0] > session.GATE["fp32"]
+    assert contender.burst(session.QUICK, 1, streams=False) == ()  # and no process was asked
+
+
+# ---- Runs ----------------------------------------------------------------------------------------
+
+
+def test_a_run_is_resumed(monkeypatch, tmp_path):
+    asked = []
+
+    class FakeSession:
+        def __init__(self, spec, pool, settings, run, name):
+            self.spec, self.run, self.name = spec, run, name
+
+        def __call__(self, progress):
+            asked.append(self.spec.threads)
+            if self.spec.threads == 2 and len(asked) == 2:
+                raise KeyboardInterrupt
+            return [
+                row(p, workload=w, threads=self.spec.threads, run=self.run, session=self.name)
+                for w, p, _ in self.spec.contenders()
+            ]
+
+    monkeypatch.setattr(session, "Session", FakeSession)
+    path = tmp_path / "results.csv"
+    todo = [session.Spec(("fasternet_t0",), ("ours", "mnn"), 1, n) for n in (1, 2, 4)]
+
+    def measure(run):
+        return list(session.measure(todo, path, run, lambda *_: None))
+
+    with pytest.raises(KeyboardInterrupt):
+        measure("r1")
+    assert [r.threads for r in results.read(path)] == [1, 1]
+    assert len(measure("r1")) == 2
+    assert asked == [1, 2, 2, 4]
+    assert measure("r1") == []
+    assert len(measure("r2")) == 3
+
+
+def test_specs():
+    def planned(*argv):
+        return specs(_parser().parse_args(argv))
+
+    everything = planned("--threads", "1,2")
+    threads = [spec.threads for spec in everything]
+    assert threads == sorted(threads)  # processes live on while threads stay
+    first = everything[0]
+    assert first.workloads == ("fasternet_t0", "mobilenetv2_100")
+    rivals = {(w, p) for w, p, _ in first.contenders() if w != "fasternet_t0"}
+    assert rivals == {("mobilenetv2_100", p) for p in PROVIDERS if not p.startswith("ours")}
+
+    streams = planned("networks", "--only", "s", "--threads", "1,2", "--mode", "streams")
+    assert [(s.workloads, s.threads, s.mode) for s in streams] == [(("fasternet_s",), 2, "streams")]
+    (bf16,) = planned(
+        "blocks", "--only", "l_stage1_relu", "--threads", "1", "--dtype", "bf16",
+        "--providers", "ours,mnn",
+    )  # fmt: skip
+    assert list(bf16.contenders()) == [
+        ("l_stage1_relu", "ours", "fp32"),
+        ("l_stage1_relu", "ours", "bf16"),
+    ]
+    for argv in (["networks", "--only", "resnet"], ["networks", "--providers", "tvm"]):
+        with pytest.raises(ValueError, match=r"nothing to measure|no provider 'tvm'"):
+            planned(*argv)
+
+
+def test_interleave_keeps_what_bursts_return():
+    samples = iter(range(100))
+    got = timing.interleave(
+        {"a": lambda: (next(samples), next(samples)), "b": lambda: ()}, rounds=3, pause_seconds=0
+    )
+    assert got["a"].rounds == ((0, 1), (2, 3), (4, 5))
+    assert got["b"].samples == ()
+
+
+def test_cli(capsys, monkeypatch, tmp_path):
+    """One operator in real processes: the rows are there, right, and complete."""
+    monkeypatch.setattr(session, "CACHE", tmp_path)
+    path = tmp_path / "results.csv"
+    argv = ["operators", "--only", "pconv3x3_t0_stage4", "--threads", "1", "--quick"]
+    argv += ["--providers", "eager_channels_last,ours", "--csv", str(path)]
+    assert main(argv) == 0
+    assert "pconv3x3_t0_stage4, batch 1, threads 1" in capsys.readouterr().out
+    rows = results.read(path)
+    assert [r.provider for r in rows] == ["eager_channels_last", "ours"]
+    for r in rows:
+        assert r.status == "ok"
+        assert 0 <= r.error_rel_l2 < 1e-5
+        assert 0 < r.min_ms <= r.p20_ms <= r.median_ms <= r.p80_ms
+        assert len(r.round_medians_ms) == r.rounds
+        assert min(r.calls, r.gflop_per_s, r.gb_per_s, r.copy_gb_per_s) > 0
+    assert rows[0].vs_ours_low <= rows[0].vs_ours <= rows[0].vs_ours_high
+    assert report.compare(*rows)[0] == pytest.approx(rows[0].vs_ours, rel=1e-4)
+
+    assert main([*argv, "--resume"]) == 0
+    assert results.read(path) == rows
+    assert main(["networks", "--providers", "tvm", "--csv", str(path)]) == 2
+    assert "no provider 'tvm'" in capsys.readouterr().err
+
+
+def test_a_process_that_fails_or_dies_says_why(monkeypatch, tmp_path):
+    monkeypatch.setattr(session, "CACHE", tmp_path)
+    task = session.Task("no_such_workload", 1, 1, "fp32", tmp_path / "none.npy")
+    with session.Pool() as pool:
+        process = pool.get("ours", 1)
+        with pytest.raises(session.WorkerError, match="ValueError: no workload 'no_such_workload'"):
+            process.request("prepare", "key", task)
+        process.process.kill()
+        with pytest.raises(session.WorkerError, match="died with status -9"):
+            process.request("forget", "key")
+        assert pool.get("ours", 1) is not process  # a new one for the next session
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("provider", [p for p in PROVIDERS if p != "ours_fast"])
+@pytest.mark.parametrize("name", ["fasternet_t0", "t0_stage4_gelu"])
+def test_provider_computes_the_network(provider, name, tmp_path):
+    if reason := available(provider):
+        pytest.skip(reason)
+    spec = session.Spec((name,), (provider,), 2, 1)
+    with session.Pool(tmp_path) as pool:
+        (got,) = session.Session(spec, pool, session.QUICK, "run", "session")(lambda *_: None)
+    assert got.status == "ok"
+    assert 0 < got.error_rel_l2 < session.GATE["fp32"]
+
+
+# ---- What is made of the rows --------------------------------------------------------------------
+
+
+def verdict(rows, start):
+    (found,) = [v for v in report.judge(rows) if v.what.startswith(start)]
+    return found
+
+
+def test_goals():
+    rows = [
+        row("ours", 1.0),
+        row("mnn", 1.3),
+        row("openvino", 1.2),
+        failed("onnxruntime", "wrong answer"),
+        row("eager_nchw", 0.5),  # no peer
+    ]
+    start = "T0, batch 1, 1 thread: fasternet_kernels over"
+    met = [v for v in report.judge(rows) if v.what.startswith(start)]
+    assert [(v.what.removeprefix(start), v.value, v.wanted, v.met) for v in met] == [
+        (" OpenVINO", "1.20x (1.20 to 1.20)", "1.10x", True)
+    ]
+    short = [*rows, row("openvino", 1.05, date="2026-01-03T00:00:00Z")]
+    assert verdict(short, f"{start} OpenVINO").met is False
+    # A ratio above the threshold whose interval reaches 1 is no success.
+    loose = dataclasses.replace(rows[2], round_medians_ms=(0.9, 2.4, 4.8))
+    assert verdict([rows[0], loose], f"{start} OpenVINO").met is False
+    apart = row("mnn", 2.0, workload="mobilenetv2_100", session="r1/7")
+    found = verdict([rows[0], apart], f"{start} MNN on mobilenetv2_100")
+    assert (found.value, found.met) == ("not measured in turns", None)
+    missing = [v for v in report.judge([]) if v.what.startswith("T1, batch 1, 1 thread")]
+    assert [(v.value, v.met) for v in missing] == [("not measured", None)]
+
+
+def test_goals_of_shares():
+    chain = {"kind": "chain", "act": "relu"}
+    rows = [
+        row(workload="t0_stage1_relu", channels=40, peak_share=0.8, **chain),
+        row(workload="t0_stage2_relu", channels=80, peak_share=0.8, **chain),
+        row(workload="t1_stage2_gelu", channels=128, peak_share=0.1, kind="chain", act="gelu"),
+    ]
+    shares = [v for v in report.judge(rows) if "share of FMA peak" in v.what]
+    assert [(v.value, v.wanted, v.met) for v in shares] == [
+        ("80.0%", "76%", True),
+        ("80.0%", "92%", False),
+    ]
+
+
+def test_text():
+    text = report.text([row("ours", 1.0), row("mnn", 1.3)])
+    assert "1.30x (1.30 to 1.30)" in text
+    assert "1 met, 0 fall short" in text
+    assert "python -m bench" in report.text([])
+    lines = report.session_text("title", [row("ours"), failed("mnn", "died with status -11")])
+    assert "died with status -11" in lines
+    assert lines.index("fasternet_kernels") < lines.index("died")
+
+
+SYNTHETIC = [
+    *(
+        row(provider, median, workload=f"fasternet_{name}", threads=threads)
+        for name in ("t0", "l")
+        for threads in (1, 2)
+        for provider, median in (("eager_channels_last", 2.0), ("mnn", 0.8), ("ours", 1.0))
+    ),
+    row("mnn", 3.0, workload="mobilenetv2_100"),
+    failed("openvino", "openvino is not installed"),
+    row("ours", 9.0, date="2025-01-01T00:00:00Z", workload="t1_stage1_gelu", kind="chain"),
+]
+
+
+def test_tables():
+    lines = report.readme_text(SYNTHETIC).splitlines()
+    header = next(line for line in lines if line.startswith("|"))
+    labels = ["eager, channels_last", "MNN", "fasternet_kernels"]
+    assert header == f"|  | {' | '.join(labels)} | fasternet_kernels over the best other |"
+    t0, large, mobilenet = [line for line in lines if line.startswith(("| f", "| m"))][:3]
+    assert (
+        t0 == "| fasternet_t0 | 2.00 | **0.80** | 1.00 | 0.80x (0.80 to 0.80) |"
+    )  # a loss is shown
+    assert large.startswith("| fasternet_l |")
+    assert mobilenet == "| mobilenetv2_100 | - | **3.00** | - | - |"
+
+
+def test_readme_is_written_between_its_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text(f"above\n{report.BEGIN}\nof before\n{report.END}\nbelow\n")
+    for _ in range(2):
+        report.update_readme(SYNTHETIC, path)
+        text = path.read_text()
+        assert text.startswith(f"above\n{report.BEGIN}\n\n")
+        assert text.endswith(f"\n\n{report.END}\nbelow\n")
+        assert "of before" not in text
+    assert text.count("| fasternet_t0 |") == 2
+    path.write_text("no markers")
+    with pytest.raises(ValueError, match="no line"):
+        report.update_readme(SYNTHETIC, path)
+
+
+def test_readme_is_what_the_results_say():
+    readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
+    newest = results.newest_file()
+    rows = results.read(newest) if newest else []
+    assert report.with_tables(readme, rows) == readme, "run python -m bench readme"
+
+
+def test_charts(tmp_path):
+    rows = [
+        *SYNTHETIC,
+        *(
+            row(workload=f"{n}_stage1_relu", channels=c, kind="chain", act="relu", peak_share=0.9)
+            for n, c in (("t0", 40), ("l", 192))
+        ),
+    ]
+    files = plot.draw(rows, tmp_path)
+    names = ["latency_batch1_threads1", "latency_batch1_threads2", "peak_share_threads1"]
+    assert [f.name for f in files] == [f"{n}.{end}" for n in names for end in ("svg", "png")]
+    assert all(f.stat().st_size > 5_000 for f in files)
+    again = plot.draw(rows, tmp_path / "again")
+    assert files[0].read_bytes() == again[0].read_bytes()
+    with pytest.raises(ValueError, match="no results to draw"):
+        plot.draw([], tmp_path)
+
+
+def test_every_peer_has_a_provider():
+    assert set(PEERS) < set(PROVIDERS)
+    colours = [provider.colour for provider in PROVIDERS.values()]
+    assert len(set(colours)) == len(colours)
+
+
+# ---- The machine ---------------------------------------------------------------------------------
+
+
+def test_fma_peak():
+    runtime = pytest.importorskip("fasternet_runtime")
+    assert runtime.fma_peak(seconds=1e-3) > 1e8
+    for seconds in (0, -1, 11, float("nan")):
+        with pytest.raises(ValueError, match="fma_peak: seconds is"):
+            runtime.fma_peak(seconds)
+
+
+def test_models_of_chains_have_no_drop_path():
+    """A chain is built as for inference: nothing random in it."""
+    block = workloads.find("t0_stage4_gelu").build()[0]
+    assert isinstance(block, models.Block)
+    assert isinstance(block.drop_path, torch.nn.Identity)
