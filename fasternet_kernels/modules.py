@@ -533,9 +533,9 @@ class FusedPatchConv(PackingModule):
     """A convolution whose stride is its kernel, with BatchNorm: the stem and the merging layers.
     Emits channels_last.
 
-    Inference without gradients is one op on packed weights. Otherwise convolution and norm run as
-    they are, but for batch statistics in a lean layer, and among processes on the CPU, where
-    nn.SyncBatchNorm does not run.
+    Inference without gradients is one op on packed weights; training with batch statistics runs the
+    fused ops on the CPU, and elsewhere in a lean layer. Otherwise convolution and norm run as they
+    are.
     """
 
     def parts(self) -> tuple[nn.Conv2d, nn.Module | None] | None:
@@ -577,9 +577,8 @@ class FusedPatchConv(PackingModule):
         if torch.is_grad_enabled() or uses_batch_statistics(norm):
             self.drop_pack()
             x = x.contiguous(memory_format=torch.channels_last)
-            shared = x.device.type == "cpu" and process_group(norm) is not None
             if (
-                (self.trains_lean() or shared)
+                (self.trains_lean() or x.device.type == "cpu")
                 and uses_batch_statistics(norm)
                 and conv.bias is None
                 and not _empty_alone(x, norm)

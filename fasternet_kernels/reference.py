@@ -351,6 +351,11 @@ def pw_stats(x, w_partial, w_pw) -> tuple[Tensor, Tensor, Tensor]:
     return z, *statistics(z)
 
 
+def patch_stats(x, weight) -> tuple[Tensor, Tensor, Tensor]:
+    z = patch_conv(x, weight, None, None, True)
+    return z, *statistics(z)
+
+
 def _normalise(z, mean, scale, shift) -> tuple[Tensor, Tensor]:
     """(z - mean, (z - mean) * scale + shift): subtracting first keeps a large mean's digits."""
     centred = z - _column(mean)
@@ -534,6 +539,13 @@ def pw_stats_backward(
     if dx is not None and dy is not None:
         dx = like((dy + dx).to(x.dtype), x)
     return _results(dz, dx, *others)
+
+
+def patch_stats_backward(
+    dz, dmean, dm2, x, z, mean, weight, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    total = statistics_backward(dz, dmean, dm2, z, mean)
+    return patch_conv_backward(total, x, weight, None, None, [*output_mask, False, False])[:2]
 
 
 def _bn_act_backward(da, z, mean, scale, shift, act, need_z, need_mean, need_scale, need_shift):

@@ -7,7 +7,7 @@ backward, because between them stands what belongs to no kernel:
 
 ========  ==========================  ===============================  ===========================
 forward   z, mean and m2              of all processes; running ones   y
-backward  dx, dw_partial, dw_pw       sums of all processes            dz and sums over the pixels
+backward  dx, dw_partial, dw_conv     sums of all processes            dz and sums over the pixels
 ========  ==========================  ===============================  ===========================
 
 Kept from forward to backward are x, z, the statistics and the parameters, and a lean layer does not
@@ -20,8 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from .reference import statistics, statistics_backward
 
 _ops = torch.ops.fasternet_kernels
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -153,22 +151,14 @@ class _FromStatistics(torch.autograd.Function):
             count = pixels if total is None else total
             dmean = dshift * scale * (-pixels / count)
             dm2 = dscale * scale * invstd.square() * (-0.5 / count)
+            first = (dz, dmean, dm2, x, z, mean)
             if w_partial is None:
-                dz = statistics_backward(dz, dmean, dm2, z, mean)
-                mask = [need_x, need_conv, False, False]
-                dx, dw_conv, _, _ = _ops.patch_conv_backward(dz, x, w_conv, None, None, mask)
+                dx, dw_conv = _ops.patch_stats_backward(*first, w_conv, [need_x, need_conv])
             else:
+                mask = [need_x, need_partial, need_conv]
+                residual = None if w_pw2 is None else dy
                 dx, dw_partial, dw_conv = _ops.pw_stats_backward(
-                    dz,
-                    dmean,
-                    dm2,
-                    x,
-                    z,
-                    mean,
-                    w_partial,
-                    w_conv,
-                    [need_x, need_partial, need_conv],
-                    None if w_pw2 is None else dy,
+                    *first, w_partial, w_conv, mask, residual
                 )
         grads = (dx, dw_partial, dw_conv, dweight, dbias, dw_pw2, dlayer_scale, dsample_scale)
         return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad)), *([None] * 7)
@@ -211,8 +201,7 @@ def batch_norm_layer(
     """
     with torch.no_grad():
         if w_partial is None:
-            z = _ops.patch_conv(x, w_conv, None, None, True)
-            mean, m2 = statistics(z)
+            z, mean, m2 = _ops.patch_stats(x, w_conv)
         else:
             z, mean, m2 = _ops.pw_stats(x, w_partial, w_conv)
         pixels = z.shape[0] * z.shape[2] * z.shape[3]
