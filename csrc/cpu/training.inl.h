@@ -208,27 +208,6 @@ void with_act(Act act, const F& f) {
   }
 }
 
-// The standard normal distribution function, as in gelu_ps.
-template <class VT>
-inline typename VT::type normal_cdf_ps(typename VT::type x) {
-  using V = typename VT::type;
-  const V zero = {};
-  const V t = x * x;
-  V p = t * 2.339298710296589e-08f + 6.3602874433854595e-06f;
-  p = p * t + 1.64284574566409e-04f;
-  p = p * t + 4.650618880987167e-03f;
-  p = p * t + 3.336801007390022e-02f;
-  p = p * t + 3.98942232131958e-01f;
-  V q = t * 1.2167955674158293e-06f + 7.239125989144668e-05f;
-  q = q * t + 1.858761883340776e-03f;
-  q = q * t + 2.8376344591379166e-02f;
-  q = q * t + 2.503072917461395e-01f;
-  q = q * t + 1.0f;
-  V phi = x * p / q + 0.5f;
-  phi = x > zero + 5.4f ? zero + 1.0f : phi;
-  return x < zero - 5.4f ? zero : phi;
-}
-
 // a = act(x) and da becomes da * act'(x). Where the derivative is zero the gradient is, whatever da.
 template <Act kAct, class VT>
 inline void act_and_gradient_ps(typename VT::type x, typename VT::type* a, typename VT::type* da) {
@@ -238,9 +217,9 @@ inline void act_and_gradient_ps(typename VT::type x, typename VT::type* a, typen
     *a = x < zero ? zero : x;
     *da = x <= zero ? zero : *da;
   } else if constexpr (kAct == Act::kGelu) {
-    const V cdf = normal_cdf_ps<VT>(x);
-    *a = x * cdf;
-    *da *= x * (exp_ps<VT>(x * x * -0.5f) * 0.3989422804014327f) + cdf;
+    V slope;
+    gelu_and_slope_ps<VT>(x, a, &slope);
+    *da *= slope;
   } else if constexpr (kAct == Act::kGeluTanh || kAct == Act::kSilu) {
     // x * s(y), s(y) = 1 / (1 + exp(-y)), y = x or as in act_ps. 1 - s cancels, exp(-y) * s does not.
     const V square = x * x;
