@@ -407,6 +407,9 @@ class FusedBlock(PackingModule):
             ones = torch.ones((x.shape[0], 1, 1, 1), dtype=compute_dtype(x.dtype), device=x.device)
             sample_scale = p.drop_path(ones).reshape(-1)
         layer_scale = None if p.layer_scale is None else p.layer_scale.reshape(-1)
+        if layer_scale is not None and autocast_dtype(x) is not None:
+            # Autocast leaves products alone: layer_scale widens the branch, and so the sum.
+            x = x.to(torch.promote_types(x.dtype, layer_scale.dtype))
         if uses_batch_statistics(p.norm):
             self.drop_pack()
             weights = ops.autocast_weights(x, p.partial.weight, p.pw1.weight, p.pw2.weight)

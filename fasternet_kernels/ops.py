@@ -379,22 +379,10 @@ def _(grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output
 
 
 @_fake("act_pw_residual_recompute_backward")
-def _(
-    grad,
-    x,
-    mean,
-    scale,
-    shift,
-    w_partial,
-    w_pw1,
-    w_pw2,
-    layer_scale,
-    sample_scale,
-    act,
-    output_mask,
-):
+def _(grad, x, mean, scale, shift, w_partial, w_pw1, *others):
+    *after, _act, output_mask = others  # as of act_pw_residual_backward
     z = _image(x, (x.shape[0], w_pw1.shape[0], *x.shape[2:]), w_pw1.dtype)
-    vectors = (mean, scale, shift, w_pw2, layer_scale, sample_scale)
+    vectors = (mean, scale, shift, *after)
     return z, *_wanted(output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in vectors))
 
 

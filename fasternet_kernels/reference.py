@@ -597,21 +597,8 @@ def bn_act_recompute_backward(
 
 
 def act_pw_residual_recompute_backward(
-    grad,
-    x,
-    mean,
-    scale,
-    shift,
-    w_partial,
-    w_pw1,
-    w_pw2,
-    layer_scale,
-    sample_scale,
-    act: str,
-    output_mask: list[bool],
+    grad, x, mean, scale, shift, w_partial, w_pw1, *others
 ) -> tuple[Tensor, ...]:
     ops = torch.ops.fasternet_kernels
     z = ops.pw_stats(x, w_partial, w_pw1)[0]
-    return z, *ops.act_pw_residual_backward(
-        grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask
-    )
+    return z, *ops.act_pw_residual_backward(grad, z, mean, scale, shift, *others)

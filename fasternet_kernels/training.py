@@ -79,27 +79,12 @@ class _FromStatistics(torch.autograd.Function):
     """What follows the batch statistics; the gradient is that of the whole layer."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        w_partial,
-        w_conv,
-        weight,
-        bias,
-        w_pw2,
-        layer_scale,
-        sample_scale,
-        z,
-        mean,
-        invstd,
-        total,
-        act,
-        lean,
-        group,
-    ):
+    def forward(ctx, x, *rest):
+        parameters, (z, *statistics), (act, lean, group) = rest[:7], rest[7:11], rest[11:]
+        _, _, weight, bias, w_pw2, layer_scale, sample_scale = parameters
         ctx.act, ctx.group = act, group
-        parameters = (w_partial, w_conv, weight, bias, w_pw2, layer_scale, sample_scale)
-        ctx.save_for_backward(x, *parameters, None if lean else z, mean, invstd, total)
+        ctx.save_for_backward(x, *parameters, None if lean else z, *statistics)
+        mean, invstd, _ = statistics
         scale, shift = _scale_and_shift(invstd, weight, bias)
         if w_pw2 is None:
             return _ops.bn_act(z, mean, scale, shift, act)
@@ -218,20 +203,5 @@ def batch_norm_layer(
         count = pixels if total is None else total
         _update_running_statistics(norm, mean, m2, count)
         invstd = torch.rsqrt(m2 / count + norm.eps)
-    return _FromStatistics.apply(
-        x,
-        w_partial,
-        w_conv,
-        norm.weight,
-        norm.bias,
-        w_pw2,
-        layer_scale,
-        sample_scale,
-        z,
-        mean,
-        invstd,
-        total,
-        act,
-        lean,
-        group,
-    )
+    parameters = (w_partial, w_conv, norm.weight, norm.bias, w_pw2, layer_scale, sample_scale)
+    return _FromStatistics.apply(x, *parameters, z, mean, invstd, total, act, lean, group)
