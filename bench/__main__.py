@@ -2,6 +2,7 @@
 
     python -m bench                 the rows that the goals are about, then the goals: 20 minutes
     python -m bench networks        whole networks; also blocks (chains of them), operators
+    python -m bench training        a training step of T0 and S, and its goals: 5 minutes
     python -m bench report          the goals, from the CSV
     python -m bench plot            charts, from the CSV
     python -m bench readme          README's tables, from the newest CSV
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "report":
             print(report.text(results.read(path)))
+        elif args.command == "training":
+            _measure_training(args, path)
         elif args.command == "plot":
             for file in plot.draw(results.read(path), args.out or path.with_suffix("")):
                 print(file)
@@ -75,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         default="goals",
-        choices=["goals", *KINDS, "report", "plot", "readme", "roofline"],
+        choices=["goals", *KINDS, "training", "report", "plot", "readme", "roofline"],
     )
     parser.add_argument("--csv", type=Path, help="results; by default those of this device")
     parser.add_argument("--out", type=Path, help="folder of charts, or file of the tables")
@@ -242,6 +245,18 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
             tqdm.write(report.session_text(spec.title, rows))
     if args.command == "goals":
         print(report.text([row for row in results.read(path) if row.run == run]))
+
+
+def _measure_training(args: argparse.Namespace, path: Path) -> None:
+    from bench import training
+
+    run = results.now()
+    work = [w for w in training.WORK if not args.only or w[0] in args.only]
+    providers = args.providers or tuple(training.LABELS)
+    for threads in args.threads or (None,):
+        for measured in training.measure(path, run, work, providers, threads, quick=args.quick):
+            print(training.session_text(*measured), flush=True)
+    print(report.text([row for row in results.read(path) if row.run == run]))
 
 
 if __name__ == "__main__":

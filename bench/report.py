@@ -152,7 +152,9 @@ def text(rows: Sequence[Row]) -> str:
     if not rows:
         return "No results yet: python -m bench"
     words = {True: "met", False: "FALLS SHORT", None: "-"}
-    verdicts = judge(rows)
+    from bench import training  # which needs this module
+
+    verdicts = judge(rows) + training.judge(rows)
     lines = [("goal", "measured", "wanted", "")]
     lines += [(v.what, v.value, v.wanted, words[v.met]) for v in verdicts]
     count = [sum(v.met is state for v in verdicts) for state in (True, False, None)]

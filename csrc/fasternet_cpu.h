@@ -359,7 +359,16 @@ struct PConv3x3Backward {
 };
 void pconv3x3_backward(const PConv3x3Backward& args, const ParallelFor& parallel);
 
+// patch_conv, with the mean of each channel of y as stored and m2, as pw_stats gives them of z.
+struct PatchStats {
+  PatchConv conv;
+  void* mean;  // (c_out), compute type
+  void* m2;    // (c_out), compute type
+};
+void patch_stats(const PatchStats& args, const ParallelFor& parallel);
+
 // The gradients of y = conv(x, weight, stride = kernel) * scale + shift. Pixels of x in no patch have gradient zero.
+// With y, mean, dmean and dm2 they are those of patch_stats: what the statistics contribute joins grad.
 struct PatchConvBackward {
   DType dtype;
   int64_t batch, channels, height, width, c_out, kh, kw;
@@ -369,7 +378,12 @@ struct PatchConvBackward {
   int64_t x_stride[4];
   const void* weight;  // (c_out, channels, kh, kw)
   const void* scale;   // (c_out) in the compute type, or null
-  void* dx;            // dense
+  const void* y;       // null where the statistics have no gradients
+  int64_t y_pixel_stride;
+  const void* mean;  // (c_out) in the compute type, as dmean and dm2
+  const void* dmean;
+  const void* dm2;
+  void* dx;  // dense
   void* dweight;
   void* dscale;  // (c_out), compute type
   void* dshift;  // (c_out), compute type

@@ -409,6 +409,9 @@ class FusedBlock(PackingModule):
             ones = torch.ones((x.shape[0], 1, 1, 1), dtype=compute_dtype(x.dtype), device=x.device)
             sample_scale = p.drop_path(ones).reshape(-1)
         layer_scale = None if p.layer_scale is None else p.layer_scale.reshape(-1)
+        if layer_scale is not None and autocast_dtype(x) is not None:
+            # Autocast leaves products alone: layer_scale widens the branch, and so the sum.
+            x = x.to(torch.promote_types(x.dtype, layer_scale.dtype))
         if uses_batch_statistics(p.norm):
             self.drop_pack()
             weights = ops.autocast_weights(x, p.partial.weight, p.pw1.weight, p.pw2.weight)
@@ -535,9 +538,9 @@ class FusedPatchConv(PackingModule):
     """A convolution whose stride is its kernel, with BatchNorm: the stem and the merging layers.
     Emits channels_last.
 
-    Inference without gradients is one op on packed weights. Otherwise convolution and norm run as
-    they are, but for batch statistics in a lean layer, and among processes on the CPU, where
-    nn.SyncBatchNorm does not run.
+    Inference without gradients is one op on packed weights; training with batch statistics runs the
+    fused ops on the CPU, and elsewhere in a lean layer. Otherwise convolution and norm run as they
+    are.
     """
 
     def parts(self) -> tuple[nn.Conv2d, nn.Module | None] | None:
@@ -579,9 +582,8 @@ class FusedPatchConv(PackingModule):
         if torch.is_grad_enabled() or uses_batch_statistics(norm):
             self.drop_pack()
             x = x.contiguous(memory_format=torch.channels_last)
-            shared = x.device.type == "cpu" and process_group(norm) is not None
             if (
-                (self.trains_lean() or shared)
+                (self.trains_lean() or x.device.type == "cpu")
                 and uses_batch_statistics(norm)
                 and conv.bias is None
                 and not _empty_alone(x, norm)

@@ -21,15 +21,17 @@ pack, *_packed       the same on one flat tensor of packed weights, scale, shift
 network              a list of such steps as one op; inference only
 pw_stats             ``z = conv1x1(u, w_pw)`` with the mean and the sum of squared deviations of
                      each channel of ``z``
+patch_stats          the same of ``z = conv(x, weight, stride = kernel)``, in channels_last memory
 bn_act               ``act((z - mean) * scale + shift)``
 act_pw_residual      ``x + sample_scale * layer_scale * conv1x1(bn_act(z), w_pw2)``
 ===================  =============================================================================
 
-Training with batch statistics is ``pw_stats``, then the batch norm's vectors in plain torch (where
-the statistics of several processes are combined), then ``bn_act`` or ``act_pw_residual``. Backward
-has the same two halves: ``bn_act_backward`` or ``act_pw_residual_backward`` gives ``dz`` and the
-batch norm's sums over pixels, which are added up over the processes; then ``pw_stats_backward``,
-which adds ``dy``, the gradient of the residual, to ``dx``. The ``*_recompute_backward`` ops are the
+Training with batch statistics is ``pw_stats`` or ``patch_stats``, then the batch norm's vectors in
+plain torch (where the statistics of several processes are combined), then ``bn_act`` or
+``act_pw_residual``. Backward has the same two halves: ``bn_act_backward`` or
+``act_pw_residual_backward`` gives ``dz`` and the batch norm's sums over pixels, which are added up
+over the processes; then ``patch_stats_backward``, or ``pw_stats_backward``, which adds ``dy``, the
+gradient of the residual, to ``dx``. The ``*_recompute_backward`` ops are the
 first half where ``z`` was not kept: they return it in front of the gradients, for the second half.
 :mod:`fasternet_kernels.training` puts the halves together.
 """
@@ -114,6 +116,11 @@ SCHEMAS = {
     "pw_stats_backward": (
         "(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z, Tensor mean, Tensor "
         "w_partial, Tensor w_pw, bool[] output_mask, Tensor? dy=None) -> (Tensor, Tensor, Tensor)"
+    ),
+    "patch_stats": "(Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)",
+    "patch_stats_backward": (
+        "(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z, Tensor mean, Tensor weight, "
+        "bool[] output_mask) -> (Tensor, Tensor)"
     ),
     "bn_act": "(Tensor z, Tensor mean, Tensor scale, Tensor shift, str act) -> Tensor",
     "bn_act_backward": (
@@ -324,16 +331,30 @@ def _(x, packs, plan, fast=False):
     return outputs
 
 
+def _with_statistics(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    stats = (z.new_empty(z.shape[1], dtype=compute_dtype(z.dtype)) for _ in range(2))
+    return z, *stats
+
+
 @_fake("pw_stats")
 def _(x, w_partial, w_pw):
-    z = _image(x, (x.shape[0], w_pw.shape[0], *x.shape[2:]), w_pw.dtype)
-    stats = [x.new_empty(w_pw.shape[0], dtype=compute_dtype(w_pw.dtype)) for _ in range(2)]
-    return z, *stats
+    return _with_statistics(_image(x, (x.shape[0], w_pw.shape[0], *x.shape[2:]), w_pw.dtype))
 
 
 @_fake("pw_stats_backward")
 def _(dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask, dy=None):
     return _wanted(output_mask, _grad(x, dz, image=True), _grad(w_partial, dz), _grad(w_pw, dz))
+
+
+@_fake("patch_stats")
+def _(x, weight):
+    c_out, _, kh, kw = weight.shape
+    return _with_statistics(_patches(x, c_out, kh, kw, weight.dtype, channels_last=True))
+
+
+@_fake("patch_stats_backward")
+def _(dz, dmean, dm2, x, z, mean, weight, output_mask):
+    return _wanted(output_mask, _grad(x, dz, image=True), _grad(weight, dz))
 
 
 @_fake("bn_act")
@@ -367,22 +388,10 @@ def _(grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output
 
 
 @_fake("act_pw_residual_recompute_backward")
-def _(
-    grad,
-    x,
-    mean,
-    scale,
-    shift,
-    w_partial,
-    w_pw1,
-    w_pw2,
-    layer_scale,
-    sample_scale,
-    act,
-    output_mask,
-):
+def _(grad, x, mean, scale, shift, w_partial, w_pw1, *others):
+    *after, _act, output_mask = others  # as of act_pw_residual_backward
     z = _image(x, (x.shape[0], w_pw1.shape[0], *x.shape[2:]), w_pw1.dtype)
-    vectors = (mean, scale, shift, w_pw2, layer_scale, sample_scale)
+    vectors = (mean, scale, shift, *after)
     return z, *_wanted(output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in vectors))
 
 
@@ -443,22 +452,26 @@ torch.library.register_autograd(
 )
 
 
-def _pw_stats_setup(ctx, inputs, output):
-    x, w_partial, w_pw = inputs
-    z, mean, _ = output
-    ctx.save_for_backward(x, z, mean, w_partial, w_pw)
+def _differentiable_statistics(name: str, backward):
+    """Registers the gradient of an op (x, *weights) -> (z, mean, m2)."""
+
+    def setup_context(ctx, inputs, output):
+        x, *weights = inputs
+        z, mean, _ = output
+        ctx.save_for_backward(x, z, mean, *weights)
+
+    def run(ctx, dz, dmean, dm2):
+        mask = [bool(need) for need in ctx.needs_input_grad]
+        grads = backward(dz, dmean, dm2, *ctx.saved_tensors, mask)
+        return tuple(g if need else None for g, need in zip(grads, mask))
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", run, setup_context=setup_context, lib=_library
+    )
 
 
-def _pw_stats_gradient(ctx, dz, dmean, dm2):
-    mask = [bool(need) for need in ctx.needs_input_grad]
-    grads = _ops.pw_stats_backward(dz, dmean, dm2, *ctx.saved_tensors, mask)
-    return tuple(g if need else None for g, need in zip(grads, mask))
-
-
-torch.library.register_autograd(
-    f"{NAMESPACE}::pw_stats", _pw_stats_gradient, setup_context=_pw_stats_setup, lib=_library
-)
-
+_differentiable_statistics("pw_stats", lambda *args: _ops.pw_stats_backward(*args))
+_differentiable_statistics("patch_stats", lambda *args: _ops.patch_stats_backward(*args))
 _differentiable(
     "pconv_pw",
     5,
@@ -707,6 +720,16 @@ def _(
 ) -> int:
     recompute = 2 * _pixels(x) * 9 * w_partial[0] ** 2
     return recompute + _pconv_pw_gradients(x, w_partial, w_pw, *output_mask)
+
+
+@_flops("patch_stats")
+def _(x, weight, *args, out_shape=None, **kwargs) -> int:
+    return _patch_flops(x, weight[0], weight[2], weight[3])
+
+
+@_flops("patch_stats_backward")
+def _(dz, dmean, dm2, x, z, mean, weight, output_mask, *args, out_shape=None, **kwargs) -> int:
+    return _patch_flops(x, weight[0], weight[2], weight[3]) * sum(output_mask)
 
 
 @_flops("bn_act")

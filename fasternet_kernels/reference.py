@@ -391,6 +391,11 @@ def pw_stats(x, w_partial, w_pw) -> tuple[Tensor, Tensor, Tensor]:
     return z, *statistics(z)
 
 
+def patch_stats(x, weight) -> tuple[Tensor, Tensor, Tensor]:
+    z = patch_conv(x, weight, None, None, True)
+    return z, *statistics(z)
+
+
 def _normalise(z, mean, scale, shift) -> tuple[Tensor, Tensor]:
     """(z - mean, (z - mean) * scale + shift): subtracting first keeps a large mean's digits."""
     centred = z - _column(mean)
@@ -576,6 +581,13 @@ def pw_stats_backward(
     return _results(dz, dx, *others)
 
 
+def patch_stats_backward(
+    dz, dmean, dm2, x, z, mean, weight, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    total = statistics_backward(dz, dmean, dm2, z, mean)
+    return patch_conv_backward(total, x, weight, None, None, [*output_mask, False, False])[:2]
+
+
 def _bn_act_backward(da, z, mean, scale, shift, act, need_z, need_mean, need_scale, need_shift):
     centred, t = _normalise(z, mean, scale, shift)
     dt = act_backward(da.to(t.dtype), t, act)
@@ -625,21 +637,8 @@ def bn_act_recompute_backward(
 
 
 def act_pw_residual_recompute_backward(
-    grad,
-    x,
-    mean,
-    scale,
-    shift,
-    w_partial,
-    w_pw1,
-    w_pw2,
-    layer_scale,
-    sample_scale,
-    act: str,
-    output_mask: list[bool],
+    grad, x, mean, scale, shift, w_partial, w_pw1, *others
 ) -> tuple[Tensor, ...]:
     ops = torch.ops.fasternet_kernels
     z = ops.pw_stats(x, w_partial, w_pw1)[0]
-    return z, *ops.act_pw_residual_backward(
-        grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask
-    )
+    return z, *ops.act_pw_residual_backward(grad, z, mean, scale, shift, *others)

@@ -374,32 +374,45 @@ Tensor block_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_hidden
 
 // ---- Patch convolution ----------------------------------------------------------------------------------------------
 
-Tensor run_patch_conv(const Tensor& image, ScalarType weight_type, const Tensor& packed, int64_t c_out, int64_t kh,
-                      int64_t kw, bool channels_last) {
-  const Tensor x = operand(image, weight_type);
-  Tensor y = empty_image(x, c_out, x.size(2) / kh, x.size(3) / kw, x.scalar_type(), MemoryFormat::ChannelsLast);
-  fasternet::PatchConv args = {};
-  args.dtype = dtype_of(x.scalar_type());
-  args.batch = x.size(0);
-  args.channels = x.size(1);
-  args.height = x.size(2);
-  args.width = x.size(3);
-  args.c_out = c_out;
-  args.kh = kh;
-  args.kw = kw;
-  args.x = x.const_data_ptr();
-  for (int d = 0; d < 4; ++d) args.x_stride[d] = x.stride(d);
-  args.y = y.mutable_data_ptr();
-  args.y_pixel_stride = c_out;
-  args.packed = packed.const_data_ptr();
-  fasternet::patch_conv(args, torch_threads());
-  return finish(y, weight_type, channels_last ? MemoryFormat::ChannelsLast : format_of(image));
-}
+// The arguments of a patch convolution of x, and y, which it writes: dense channels-last memory.
+struct PatchCall {
+  Tensor x, y;
+  fasternet::PatchConv args;
+  PatchCall(const Tensor& image, ScalarType weight_type, const Tensor& packed, int64_t c_out, int64_t kh, int64_t kw)
+      : x(operand(image, weight_type)),
+        y(empty_image(x, c_out, x.size(2) / kh, x.size(3) / kw, x.scalar_type(), MemoryFormat::ChannelsLast)),
+        args() {
+    args.dtype = dtype_of(x.scalar_type());
+    args.batch = x.size(0);
+    args.channels = x.size(1);
+    args.height = x.size(2);
+    args.width = x.size(3);
+    args.c_out = c_out;
+    args.kh = kh;
+    args.kw = kw;
+    args.x = x.const_data_ptr();
+    for (int d = 0; d < 4; ++d) args.x_stride[d] = x.stride(d);
+    args.y = y.mutable_data_ptr();
+    args.y_pixel_stride = c_out;
+    args.packed = packed.const_data_ptr();
+  }
+};
 
-Tensor patch_conv(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shift, bool channels_last) {
+void check_patch_weight(const Tensor& x, const Tensor& weight) {
   check_image(x);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0 && weight.size(1) == x.size(1),
                   "fasternet_kernels: weight does not fit x, expected (C_out, ", x.size(1), ", kh, kw)");
+}
+
+Tensor run_patch_conv(const Tensor& image, ScalarType weight_type, const Tensor& packed, int64_t c_out, int64_t kh,
+                      int64_t kw, bool channels_last) {
+  const PatchCall call(image, weight_type, packed, c_out, kh, kw);
+  fasternet::patch_conv(call.args, torch_threads());
+  return finish(call.y, weight_type, channels_last ? MemoryFormat::ChannelsLast : format_of(image));
+}
+
+Tensor patch_conv(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shift, bool channels_last) {
+  check_patch_weight(x, weight);
   const Tensor packed = pack({weight}, {scale}, {shift}, false);
   return run_patch_conv(x, weight.scalar_type(), packed, weight.size(0), weight.size(2), weight.size(3), channels_last);
 }
@@ -565,6 +578,15 @@ void statistics_of(const Tensor& z, const Tensor& mean, const Tensor& m2) {
   }
 }
 
+// What a kernel returned of z, which it stored in another type where the weights are float16, and its statistics.
+std::tuple<Tensor, Tensor, Tensor> with_statistics(const Tensor& z, const Tensor& mean, const Tensor& m2,
+                                                   ScalarType type, MemoryFormat format) {
+  if (type != ScalarType::Half) return {finish(z, type, format), mean, m2};
+  const Tensor stored = cast(z, type);
+  statistics_of(cast(stored, z.scalar_type()), mean, m2);
+  return {finish(stored, type, format), mean, m2};
+}
+
 std::tuple<Tensor, Tensor, Tensor> pw_stats(Tensor x, Tensor w_partial, Tensor w_pw) {
   check_pconv(x, w_partial);
   const int64_t c_out = w_pw.size(0);
@@ -579,12 +601,7 @@ std::tuple<Tensor, Tensor, Tensor> pw_stats(Tensor x, Tensor w_partial, Tensor w
                        in.stride, partial.const_data_ptr(), pw.const_data_ptr(), z.mutable_data_ptr(),
                        mean.mutable_data_ptr(), m2.mutable_data_ptr()},
                       torch_threads());
-  if (weight_type == ScalarType::Half) {
-    const Tensor stored = cast(z, weight_type);
-    statistics_of(cast(stored, type), mean, m2);
-    return {finish(stored, weight_type, format_of(x)), mean, m2};
-  }
-  return {finish(z, weight_type, format_of(x)), mean, m2};
+  return with_statistics(z, mean, m2, weight_type, format_of(x));
 }
 
 std::tuple<Tensor, Tensor, Tensor> pw_stats_backward(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z,
@@ -860,13 +877,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block
           g.dsample_scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tensor x, Tensor weight,
-                                                               OptionalTensor scale, OptionalTensor shift,
-                                                               std::vector<bool> output_mask) {
-  check_image(x);
-  check_mask(output_mask, 4);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0 && weight.size(1) == x.size(1),
-                  "fasternet_kernels: weight does not fit x, expected (C_out, ", x.size(1), ", kh, kw)");
+// The statistics of patch_stats with their gradients.
+struct PatchStatistics {
+  Pixels z;
+  Tensor mean, dmean, dm2;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> patch_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                           const OptionalTensor& scale, const OptionalTensor& shift,
+                                                           const std::vector<bool>& mask,
+                                                           const std::optional<PatchStatistics>& statistics) {
+  check_patch_weight(x, weight);
   const int64_t c_out = weight.size(0), kh = weight.size(2), kw = weight.size(3);
   check_size(grad, "grad", {x.size(0), c_out, x.size(2) / kh, x.size(3) / kw});
   check_size(scale, "scale", {c_out});
@@ -877,10 +898,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tens
   const Tensor w = dense(weight, type);
   const OptionalTensor factor = dense(scale, compute);
   OptionalTensor dx, dscale, dshift;
-  if (output_mask[0]) dx = empty_image(x, x.size(1), x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
-  const OptionalTensor dw = wanted(output_mask[1], w, type);
-  if (output_mask[2]) dscale = empty_like(*scale, compute);
-  if (output_mask[3]) dshift = empty_like(*shift, compute);
+  if (mask[0]) dx = empty_image(x, x.size(1), x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
+  const OptionalTensor dw = wanted(mask[1], w, type);
+  if (mask[2]) dscale = empty_like(*scale, compute);
+  if (mask[3]) dshift = empty_like(*shift, compute);
   fasternet::PatchConvBackward args = {};
   args.dtype = dtype_of(type);
   args.batch = in.size(0);
@@ -896,6 +917,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tens
   for (int d = 0; d < 4; ++d) args.x_stride[d] = in.stride(d);
   args.weight = w.const_data_ptr();
   args.scale = const_pointer(factor);
+  if (statistics) {
+    args.y = statistics->z.data();
+    args.y_pixel_stride = statistics->z.stride;
+    args.mean = statistics->mean.const_data_ptr();
+    args.dmean = statistics->dmean.const_data_ptr();
+    args.dm2 = statistics->dm2.const_data_ptr();
+  }
   args.dx = pointer(dx);
   args.dweight = pointer(dw);
   args.dscale = pointer(dscale);
@@ -904,6 +932,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tens
   return {dx ? finish(*dx, x.scalar_type(), format_of(x)) : no_gradient(grad), gradient(dw, weight.scalar_type(), grad),
           gradient(dscale, scale ? scale->scalar_type() : compute, grad),
           gradient(dshift, shift ? shift->scalar_type() : compute, grad)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tensor x, Tensor weight,
+                                                               OptionalTensor scale, OptionalTensor shift,
+                                                               std::vector<bool> output_mask) {
+  check_mask(output_mask, 4);
+  return patch_gradients(grad, x, weight, scale, shift, output_mask, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor> patch_stats(Tensor x, Tensor weight) {
+  check_patch_weight(x, weight);
+  const ScalarType weight_type = weight.scalar_type();
+  const int64_t c_out = weight.size(0);
+  const Tensor packed = pack({weight}, {std::nullopt}, {std::nullopt});
+  const PatchCall call(x, weight_type, packed, c_out, weight.size(2), weight.size(3));
+  const ScalarType compute = compute_type(call.x.scalar_type());
+  const Tensor mean = filled(c_out, 0, x, compute), m2 = filled(c_out, 0, x, compute);
+  fasternet::patch_stats({call.args, mean.mutable_data_ptr(), m2.mutable_data_ptr()}, torch_threads());
+  return with_statistics(call.y, mean, m2, weight_type, MemoryFormat::ChannelsLast);
+}
+
+std::tuple<Tensor, Tensor> patch_stats_backward(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z, Tensor mean,
+                                                Tensor weight, std::vector<bool> output_mask) {
+  check_patch_weight(x, weight);
+  check_mask(output_mask, 2);
+  const int64_t c_out = weight.size(0);
+  check_size(z, "z", {x.size(0), c_out, x.size(2) / weight.size(2), x.size(3) / weight.size(3)});
+  check_size(dmean, "dmean", {c_out});
+  check_size(dm2, "dm2", {c_out});
+  check_size(mean, "mean", {c_out});
+  const ScalarType compute = compute_type(stored_type(weight.scalar_type()));
+  const PatchStatistics statistics = {Pixels(operand(z, weight.scalar_type())), dense(mean, compute),
+                                      dense(dmean, compute), dense(dm2, compute)};
+  const auto [dx, dw, no_scale, no_shift] = patch_gradients(dz, x, weight, std::nullopt, std::nullopt,
+                                                            {output_mask[0], output_mask[1], false, false}, statistics);
+  return {dx, dw};
 }
 
 }  // namespace
@@ -931,6 +995,8 @@ STABLE_TORCH_LIBRARY_IMPL(fasternet_kernels, CPU, m) {
   m.impl("pconv_pw_backward", TORCH_BOX(&pconv_pw_backward));
   m.impl("block_backward", TORCH_BOX(&block_backward));
   m.impl("patch_conv_backward", TORCH_BOX(&patch_conv_backward));
+  m.impl("patch_stats", TORCH_BOX(&patch_stats));
+  m.impl("patch_stats_backward", TORCH_BOX(&patch_stats_backward));
 }
 
 // What library.py asks once torch has loaded this library and registered its operators: whether they can run, and as

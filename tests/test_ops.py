@@ -601,11 +601,18 @@ def training_args(case, dtype):
     return z, mean, w["scale"], w["shift"], w["w_pw2"], w["layer_scale"], w["sample_scale"]
 
 
-def plain_pw_stats(x, w_partial, w_pw):
-    z = F.conv2d(plain_pconv(x, w_partial), w_pw)
+def with_statistics(z):
     wide = z.to(reference.compute_dtype(z.dtype))
     mean = wide.mean((0, 2, 3))
     return z, mean, (wide - vector(mean)).square().sum((0, 2, 3))
+
+
+def plain_pw_stats(x, w_partial, w_pw):
+    return with_statistics(F.conv2d(plain_pconv(x, w_partial), w_pw))
+
+
+def plain_patch_stats(x, weight):
+    return with_statistics(plain_patch_conv(x, weight, None, None))
 
 
 def plain_bn_act(z, mean, scale, shift, act):
@@ -651,6 +658,7 @@ def differentiable(case, dtype, act):
         "head": (OPS.head, plain_head, (x, w_conv, biases[0], w_fc, biases[1], act)),
         "head_bare": (OPS.head, plain_head, (x, w_conv, None, w_fc, None, act)),
         "pw_stats": (OPS.pw_stats, plain_pw_stats, (x, partial, pw1)),
+        "patch_stats": (OPS.patch_stats, plain_patch_stats, (x, patch)),
         "bn_act": (OPS.bn_act, plain_bn_act, (z, mean, scale, shift, act)),
         "act_pw_residual": (
             OPS.act_pw_residual,
@@ -817,6 +825,21 @@ def test_pw_stats(case, dtype, fmt):
         assert_statistics(z, *found[1:])
 
 
+@pytest.mark.parametrize("case", [*STAGES[::7], *EDGES], ids=lambda c: c.id)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_patch_stats(case, dtype, fmt):
+    """z has the bits of patch_conv, and the statistics are those of z as stored."""
+    x = image(case, DTYPES[dtype], FORMATS[fmt])
+    kernel = (min(2, case.height), min(3, case.width))
+    patch = randn(9, case.channels, *kernel, seed=41, dtype=x.dtype, scale=0.1)
+    z, mean, m2 = OPS.patch_stats(x, patch)
+    expected = OPS.patch_conv(x, patch, None, None, True)
+    assert torch.equal(z, expected) and z.stride() == expected.stride()
+    if case.batch > 0:
+        assert_statistics(z, mean, m2)
+
+
 def loop_statistics(z, dtype):
     """(mean, m2) of each channel, one pixel after another (Welford's method)."""
     rows = z.to(dtype).permute(0, 2, 3, 1).reshape(-1, z.shape[1])
@@ -904,7 +927,11 @@ def backward_calls(case, dtype, fmt=torch.channels_last):
     dy, dz = x.flip(0).contiguous(memory_format=fmt), z.flip(0).contiguous(memory_format=fmt)
     dstats = [randn(case.c_hidden, seed=s, dtype=mean.dtype) for s in (45, 46)]
     vectors = (mean, scale, shift)
+    patch = randn(case.c_hidden, case.channels, 2, 2, seed=47, dtype=dtype, scale=0.1)
+    patches = OPS.patch_stats(x, patch)[:2]
+    dpatches = patches[0].flip(0).contiguous(memory_format=fmt)
     return {
+        "patch_stats_backward": ((dpatches, *dstats, x, *patches, patch), 2, ()),
         "pw_stats_backward": ((dz, *dstats, x, z, mean, partial, pw1), 3, (dy,)),
         "pw_stats_backward alone": ((dz, *dstats, x, z, mean, partial, pw1), 3, ()),
         "bn_act_backward": ((dz, z, *vectors, case.act), 4, ()),
@@ -983,7 +1010,7 @@ def test_recompute(fmt, dtype):
         assert torch.equal(a, b) and a.stride() == b.stride()
 
 
-TRAINING = ["pw_stats", "bn_act", "act_pw_residual", *BACKWARD]
+TRAINING = ["pw_stats", "patch_stats", "bn_act", "act_pw_residual", *BACKWARD]
 
 
 @pytest.mark.parametrize("channels", [1, 4, 33])
@@ -1055,6 +1082,7 @@ def opcheck_samples():
             g, g_hidden = x.flip(0).contiguous(memory_format=fmt), z.to(memory_format=fmt)
             z = z.to(memory_format=fmt)
             dstats = [randn(32, seed=45, dtype=mean.dtype) for _ in range(2)]
+            patch_z, patch_dstats = OPS.patch_stats(x, patch), [d[:8] for d in dstats]
             for name, *args in [
                 ("pconv3x3", x, partial),
                 ("pconv3x3_", x.clone(), partial),
@@ -1129,6 +1157,12 @@ def opcheck_samples():
                     *(g_hidden, *dstats, x, z, mean, partial, pw1),
                     [True, False, True],
                     g,
+                ),
+                ("patch_stats", x, patch),
+                (
+                    "patch_stats_backward",
+                    *(randn(*patch_z[0].shape, seed=49, dtype=dtype), *patch_dstats, x),
+                    *(*patch_z[:2], patch, [True, True]),
                 ),
                 ("bn_act", z, mean, scale, shift, "silu"),
                 (

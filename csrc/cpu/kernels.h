@@ -20,6 +20,7 @@ struct Kernels {
   void (*act_pw_residual)(const ActPwResidual&, const ParallelFor&);
   void (*act_pw_residual_backward)(const ActPwResidualBackward&, const ParallelFor&);
   void (*pconv3x3_backward)(const PConv3x3Backward&, const ParallelFor&);
+  void (*patch_stats)(const PatchStats&, const ParallelFor&);
   void (*patch_conv_backward)(const PatchConvBackward&, const ParallelFor&);
   int64_t (*fma_loop)(int64_t iterations, float a, float b, float* sink);  // peak.inl.h
 };

@@ -765,16 +765,17 @@ struct WinogradTile {
 // The buffers of a tile's PConv.
 template <class S, class T>
 struct PConvTile {
-  int64_t c_partial;
-  Packed<T> w;  // 3 c_partial outputs of depth 3 c_partial
+  int64_t c_partial, c_out;  // of x and of u: the same, but where threads share the channels of u
+  Packed<T> w;               // 3 c_out outputs of depth 3 c_partial
   int64_t u_stride, sums_stride;
   T *rows, *sums, *u;  // rows: of x, converted where A cannot be x itself
   RowGroup<T>* groups;
   WinogradTile<T> winograd;
 
-  PConvTile(const void* packed, int64_t c_partial_)
-      : c_partial(c_partial_), w(static_cast<const T*>(packed), 3 * c_partial_, 3 * c_partial_), winograd() {
-    u_stride = padded_n(c_partial, sizeof(T));
+  PConvTile(const void* packed, int64_t c_partial_) : PConvTile(packed, c_partial_, c_partial_) {}
+  PConvTile(const void* packed, int64_t c_partial_, int64_t c_out_)
+      : c_partial(c_partial_), c_out(c_out_), w(static_cast<const T*>(packed), 3 * c_out_, 3 * c_partial_), winograd() {
+    u_stride = padded_n(c_out, sizeof(T));
     sums_stride = spread<T>(w.n_padded);
   }
   // Allows the fast tier, whose weights are `packed`.
@@ -841,7 +842,7 @@ struct PConvTile {
     if (then) g.then(*then, 0, 0);
     gemm(g);
     for (int64_t row = 0; row < t.row1 - t.row0; ++row) {
-      add_columns(sums + row * columns * sums_stride, sums_stride, t.columns(), before, after, c_partial,
+      add_columns(sums + row * columns * sums_stride, sums_stride, t.columns(), before, after, c_out,
                   u + row * t.columns() * u_stride, u_stride);
     }
   }
@@ -1193,13 +1194,13 @@ void load_patch_rows(const S* source, const Image<S>& x, int64_t columns, int64_
   }
 }
 
-template <class S, class T>
-void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
+// finish(i) follows when tile i of y is written, with the tile still in the caches.
+template <class S, class T, class F>
+void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, const ParallelFor& parallel, const F& finish) {
   const Image<S> x = image<S>(args.x, args.x_stride);
   const int64_t out_height = args.height / args.kh, out_width = args.width / args.kw;
   const int64_t run = args.kw * args.channels, depth = args.kh * run;
   const Packed<T> w(static_cast<const T*>(args.packed), args.c_out, depth);
-  const Tiling tiling(args.batch * out_height, out_width, parallel.num_threads);
   const bool direct = Same<S, T>::value && w.n == w.n_padded;
   // In dense channels-last memory a row of a patch is one run of K and neighbouring patches are neighbouring runs.
   const bool in_runs = Same<S, T>::value && (x.channel_stride == 1 || args.channels == 1) &&
@@ -1269,8 +1270,15 @@ void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
         gemm(g);
         if (!direct) store_rows<S, T>(out, chunk, pixels, clip(n + chunk, w.n) - n, y + n, args.y_pixel_stride);
       }
+      finish(i);
     }
   });
+}
+
+template <class S, class T>
+void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
+  const Tiling tiling(args.batch * (args.height / args.kh), args.width / args.kw, parallel.num_threads);
+  patch_conv_tiles<S, T>(args, tiling, parallel, [](int64_t) {});
 }
 
 // ---- Head -----------------------------------------------------------------------------------------------------------
@@ -1398,6 +1406,7 @@ const Kernels FASTERNET_KERNELS = {FASTERNET_ISA,
                                    FASTERNET_ISA_NAMESPACE::act_pw_residual,
                                    FASTERNET_ISA_NAMESPACE::act_pw_residual_backward,
                                    FASTERNET_ISA_NAMESPACE::pconv3x3_backward,
+                                   FASTERNET_ISA_NAMESPACE::patch_stats,
                                    FASTERNET_ISA_NAMESPACE::patch_conv_backward,
                                    FASTERNET_ISA_NAMESPACE::fma_loop};
 
