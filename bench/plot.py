@@ -6,7 +6,7 @@ well, so that charts can be read without colours and in print.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from bench import published, report, results, tables, workloads, zoo
 from bench.providers import PROVIDERS
 from bench.results import Row
 
-__all__ = ["draw"]
+__all__ = ["draw", "figures", "save"]
 
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#666666"
 FAMILIES = {  # the start of a name -> colour and marker
@@ -31,7 +31,12 @@ HATCHES = ("", "//", "..", "xx", "\\\\", "++", "--", "oo", "**")
 
 
 def draw(rows: Sequence[Row], folder: Path, endings: Sequence[str] = ("svg", "png")) -> list[Path]:
-    """Writes each chart that the rows allow, with each ending.
+    """Writes each chart that the rows allow, with each ending; see `figures`."""
+    return save(figures(rows), folder, endings)
+
+
+def figures(rows: Sequence[Row]) -> dict[str, object]:
+    """Each chart that the rows allow, a matplotlib figure by name.
 
     accuracy_threads<n>           published accuracy over latency, each network on its best runtime
     speedup_threads<n>            each FasterNet here, over other runtimes
@@ -50,7 +55,7 @@ def draw(rows: Sequence[Row], folder: Path, endings: Sequence[str] = ("svg", "pn
         raise ValueError("no results to draw: python -m bench")
     names = {f"fasternet_{size}" for size in workloads.NETWORKS} | {"mobilenetv2_100"}
     networks = [row for row in last if row.workload in names]
-    charts: dict[str, Callable] = {}
+    charts: dict[str, object] = {}
     for batch, threads in sorted({(row.batch, row.threads) for row in networks}):
         chosen = [row for row in networks if (row.batch, row.threads) == (batch, threads)]
         charts[f"latency_batch{batch}_threads{threads}"] = _latency(chosen, batch, threads)
@@ -64,8 +69,7 @@ def draw(rows: Sequence[Row], folder: Path, endings: Sequence[str] = ("svg", "pn
         charts[f"roofline_threads{threads}"] = _roofline(chosen, threads)
     for threads in tables.layer_threads(rows):
         charts[f"operators_threads{threads}"] = _operators(rows, threads)
-    drawn = {name: figure for name, figure in charts.items() if figure is not None}
-    return [file for name, figure in drawn.items() for file in _save(figure, folder, name, endings)]
+    return {name: figure for name, figure in charts.items() if figure is not None}
 
 
 # ---- Networks ------------------------------------------------------------------------------------
@@ -105,8 +109,9 @@ def _accuracy(rows: Sequence[Row], threads: int):
             if row is not None:
                 line.append((row.median_ms, figures.number(name, "top1"), name))
         panel.plot([p[0] for p in line], [p[1] for p in line], label=label, zorder=3, **style)
-        if ours:
-            placed += [(x, y, name.removeprefix("fasternet_").upper()) for x, y, name in line]
+        placed += [
+            (x, y, name.removeprefix("fasternet_").upper() if ours else "") for x, y, name in line
+        ]
     panel.set_xscale("log")
     panel.set_xlabel("milliseconds per image, less is better")
     panel.set_ylabel("published ImageNet-1k top-1, %")
@@ -133,6 +138,8 @@ def _label_points(figure, panel, points: Sequence[tuple[float, float, str]]) -> 
     spots = [panel.transData.transform((x, y)) for x, y, _ in points]
     taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in spots]
     for (px, py), (x, y, label) in zip(spots, points):
+        if not label:
+            continue
         width, height = 4.4 * len(label) * scale, 9 * scale
         gap = 6 * scale
         corners = [
@@ -284,7 +291,8 @@ def _operators(rows: Sequence[Row], threads: int):
             ha="right", va="bottom", fontsize=8,
         )  # fmt: skip
     panel.set_yscale("log")
-    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    for set_formatter in (panel.yaxis.set_major_formatter, panel.yaxis.set_minor_formatter):
+        set_formatter(lambda value, _: f"{value:g}" if f"{value:g}"[0] in "125" else "")
     panel.set_ylabel("GFLOP/s")
     panel.set_xticks(range(len(at)), [f"{c} x {s} x {s}" for c, s in at])
     panel.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.09))
@@ -397,16 +405,19 @@ def _finish(figure, rows: Sequence[Row], note: str = ""):
     return figure
 
 
-def _save(figure, folder: Path, name: str, endings: Sequence[str]) -> list[Path]:
+def save(charts: Mapping[str, object], folder: Path, endings: Sequence[str]) -> list[Path]:
+    """Writes figures to <folder>/<name>.<ending>; returns the files."""
     import matplotlib
 
     folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / f"{name}.{ending}" for ending in endings]
-    for file in files:
-        if file.suffix == ".svg":
-            # Without ids from random numbers and without the date: the same rows, the same file.
-            with matplotlib.rc_context({"svg.hashsalt": "fasternet_kernels"}):
-                figure.savefig(file, metadata={"Date": None})
-        else:
-            figure.savefig(file, dpi=150)
+    files = []
+    for name, figure in charts.items():
+        for ending in endings:
+            files.append(folder / f"{name}.{ending}")
+            if ending == "svg":
+                # No ids from random numbers and no date: the same rows, the same file.
+                with matplotlib.rc_context({"svg.hashsalt": "fasternet_kernels"}):
+                    figure.savefig(files[-1], metadata={"Date": None})
+            else:
+                figure.savefig(files[-1], dpi=150)
     return files

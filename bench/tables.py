@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from bench import published, report, workloads, zoo
+from bench import published, report, results, workloads, zoo
 from bench.providers import PROVIDERS
 from bench.results import Row
 from bench.stats import Interval
@@ -14,6 +14,7 @@ __all__ = [
     "Beside",
     "beside",
     "conclusions_text",
+    "errors_text",
     "fastest",
     "layer_rows",
     "layer_threads",
@@ -200,6 +201,23 @@ def left_out_text() -> str:
         about = f"{known.value}; " if known else ""
         parts.append(f"{name} ({about}{reason.value}; {reason.source})")
     return f"Not measured: {', '.join(parts)}."
+
+
+def errors_text(rows: Sequence[Row]) -> str:
+    """Relative L2 error of each provider's logits against float64, batch 1, one thread."""
+    sizes = [f"fasternet_{size}" for size in workloads.NETWORKS]
+    last = [r for r in _latency(results.latest(rows), "network") if r.ok and r.threads == 1]
+    found = {(r.workload, r.provider): r.error_rel_l2 for r in last if r.workload in sizes}
+    if not found:
+        return NOTHING.format("networks")
+    providers = [p for p in PROVIDERS if any(key[1] == p for key in found)]
+    lines = [["", *(PROVIDERS[p].label for p in providers)]]
+    for name in sizes:
+        errors = [found.get((name, p)) for p in providers]
+        if any(error is not None for error in errors):
+            cells = ["-" if error is None else f"{error:.1e}" for error in errors]
+            lines.append([LABELS[name], *cells])
+    return report.markdown(lines)
 
 
 # ---- Operators -----------------------------------------------------------------------------------
