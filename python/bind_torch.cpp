@@ -945,7 +945,7 @@ std::tuple<Tensor, Tensor, Tensor> patch_stats(Tensor x, Tensor weight) {
   check_patch_weight(x, weight);
   const ScalarType weight_type = weight.scalar_type();
   const int64_t c_out = weight.size(0);
-  const Tensor packed = pack({weight}, {std::nullopt}, {std::nullopt});
+  const Tensor packed = pack({weight}, {std::nullopt}, {std::nullopt}, false);
   const PatchCall call(x, weight_type, packed, c_out, weight.size(2), weight.size(3));
   const ScalarType compute = compute_type(call.x.scalar_type());
   const Tensor mean = filled(c_out, 0, x, compute), m2 = filled(c_out, 0, x, compute);

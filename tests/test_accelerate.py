@@ -10,7 +10,6 @@ import re
 from functools import partial
 
 import pytest
-import timm_import
 import torch
 import wild
 from cases import generator, randn
@@ -18,8 +17,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fasternet_kernels as fk
+from bench import zoo
 
-timm = timm_import.import_timm()
+timm = zoo.import_timm()
 
 VARIANTS = [f"fasternet_{size}" for size in ("t0", "t1", "t2", "s", "m", "l")]
 SIZES = [(224, 224), (192, 256), (97, 131)]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fasternet_kernels as fk
-from bench import plot, report, results, session, stats, workloads
+from bench import plot, report, results, session, stats, workloads, zoo
 from bench.__main__ import _parser, main, specs
 from bench.providers import PEERS, PROVIDERS, available
 from fasternet_kernels import models, timing
@@ -116,7 +116,7 @@ def test_mobilenet_is_timms():
     """With BatchNorm and activation apart it is the network that it was, and it can be folded."""
     workload = workloads.find("mobilenetv2_100")
     try:
-        timm = workloads._import_timm()
+        timm = zoo.import_timm()
     except ImportError as error:
         pytest.skip(str(error))
     module, x = workload.build().double(), workloads.images(workload, 1).double()
@@ -158,8 +158,8 @@ def test_there_is_a_chain_for_each_stage_and_act():
 
 
 def test_unknown_workload():
-    with pytest.raises(ValueError, match="no workload 'resnet50'"):
-        workloads.find("resnet50")
+    with pytest.raises(ValueError, match="no workload 'resnet51'"):
+        workloads.find("resnet51")
 
 
 @pytest.mark.parametrize(
