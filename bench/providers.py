@@ -172,7 +172,8 @@ def _packed_ops(module, **options: bool) -> Callable:
         shifts = [
             None if layer.bias is None else layer.bias.detach().to(vector) for layer in layers
         ]
-        return ops.pack([layer.weight.detach() for layer in layers], [None] * len(layers), shifts)
+        weights = [layer.weight.detach() for layer in layers]
+        return ops.pack(weights, [None] * len(layers), shifts, **options)
 
     if isinstance(module, workloads.Layers):
         return _in_turn([_packed_ops(layer, **options) for layer in module])

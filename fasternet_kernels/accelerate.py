@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -928,6 +929,14 @@ def accelerate(model: nn.Module, *, lean: bool = False, fast: bool = False) -> n
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}, expected a torch.nn.Module")
+    with _proving:
+        return _accelerate(model, lean, fast)
+
+
+_proving = threading.RLock()  # the proofs seed the process's random numbers
+
+
+def _accelerate(model: nn.Module, lean: bool, fast: bool) -> nn.Module:
     restore(model)
     rows: list[Row] = []
     _swap_innermost(model, (), _match_block, "block", rows)

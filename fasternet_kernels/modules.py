@@ -9,9 +9,9 @@ converters see what they know. What runs depends on the call:
 * running statistics, gradients off: the op on packed weights. The pack is kept between calls, and
   dropped by ``train()``, by a call with gradients on, by ``.to()`` and its kin and by
   ``load_state_dict``. Each call compares address and version of every parameter and buffer with the
-  pack's and asks whether any optimizer has stepped since, so only an edit through ``.data``, which
-  PyTorch itself does not count, needs :func:`repack`. Under ``torch.compile`` and ``torch.export``
-  packing is part of the graph.
+  pack's and asks whether any optimizer has stepped since, so only an edit that PyTorch itself
+  does not count needs :func:`repack`. Under ``torch.compile`` and ``torch.export`` packing is part
+  of the graph.
 
 Calls that the fused ops do not serve (hooks inside, forward-mode differentiation, ``torch.func``
 transforms, ``torch.jit.trace``) run the parts one by one.
@@ -245,7 +245,9 @@ def repack(model: nn.Module) -> nn.Module:
     """Makes every fused module under ``model`` pack its weights anew at its next call; returns
     ``model``.
 
-    Needed only after edits through ``.data``, which leave no trace in a tensor's version counter.
+    Needed only after edits that leave no trace in a tensor's version counter: through ``.data``;
+    through memory shared with NumPy or another library; by a collective of ``torch.distributed`` on
+    a detached tensor; of running statistics by a direct call of ``F.batch_norm``.
     """
     for module in model.modules():
         if hasattr(module, "drop_pack"):

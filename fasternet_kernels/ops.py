@@ -824,6 +824,8 @@ def _check_weight(name: str, weight, x: Tensor, shape: tuple[int, ...]) -> None:
     check_tensor(name, weight, len(shape))
     if tuple(weight.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected {shape}")
+    if weight.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected at least one element")
     if weight.device != x.device:
         raise ValueError(f"{name} is on {weight.device}, expected x's device {x.device}")
     if weight.dtype != x.dtype and not (

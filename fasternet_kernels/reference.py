@@ -250,9 +250,9 @@ _WINOGRAD_COLUMNS = (
 def packed_fast_size(weights: list[Tensor]) -> int:
     """Elements that ``pack(weights, ..., fast=True)`` adds: those of PConv's 24 transformed
     weights in float32, for the numbers of channels for which the kernels use them."""
-    c_partial = weights[0].shape[0]
+    c_partial, c_in = weights[0].shape[:2]
     has_fast = weights[0].dtype == torch.float32 and c_partial >= 24 and c_partial % 8 == 0
-    if not (has_fast and _starts_with_pconv([w.shape for w in weights])):
+    if not (has_fast and c_in == c_partial and _starts_with_pconv([w.shape for w in weights])):
         return 0
     return 24 * packed_size(c_partial, c_partial, torch.float32)
 

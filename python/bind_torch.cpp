@@ -135,8 +135,8 @@ void check_c_partial(int64_t c_partial, const Tensor& x) {
   STD_TORCH_CHECK(c_partial >= 1 && c_partial <= x.size(1), "fasternet_kernels: c_partial is ", c_partial,
                   ", expected 1 to x's ", x.size(1), " channels");
 }
-// A pack of the GEMMs (n, k), in x's compute type. Returns whether the fast tier's weights of a PConv of c_partial
-// channels follow.
+// A pack of the GEMMs (n, k), in x's compute type. Returns whether the fast tier can run: x is float32, and the weights
+// for it, of a PConv of c_partial channels, follow.
 bool check_pack(const Tensor& pack, const Tensor& x, std::initializer_list<std::pair<int64_t, int64_t>> gemms,
                 int64_t c_partial = 0) {
   const ScalarType type = compute_type(x.scalar_type());
@@ -145,13 +145,13 @@ bool check_pack(const Tensor& pack, const Tensor& x, std::initializer_list<std::
     STD_TORCH_CHECK(n >= 1 && k >= 1, "fasternet_kernels: a channel count is below 1");
     elements += fasternet::packed_size(dtype_of(type), n, k);
   }
-  const int64_t more = fasternet::packed_fast_size(dtype_of(stored_type(x.scalar_type())), c_partial);
+  const int64_t more = fasternet::packed_fast_size(dtype_of(type), c_partial);
   const bool fast = more > 0 && pack.numel() == elements + more;
   STD_TORCH_CHECK(
       pack.dim() == 1 && pack.scalar_type() == type && (pack.numel() == elements || fast) && pack.is_contiguous(),
       "fasternet_kernels: pack does not fit: it has ", pack.numel(), " elements, expected ", elements,
       " in x's compute type");
-  return fast;
+  return fast && x.scalar_type() == ScalarType::Float;
 }
 
 // ---- Packing --------------------------------------------------------------------------------------------------------
@@ -170,6 +170,7 @@ Tensor pack_weights(const std::vector<Tensor>& weights, const std::vector<Option
     STD_TORCH_CHECK(weights[i].scalar_type() == type, "fasternet_kernels: pack takes weights of one dtype");
     const int64_t dims = weights[i].dim();
     STD_TORCH_CHECK(dims == 2 || dims == 4, "fasternet_kernels: pack takes weights of 2 or 4 dimensions");
+    STD_TORCH_CHECK(weights[i].numel() > 0, "fasternet_kernels: a weight has no elements");
     keep.push_back(dense(weights[i], stored_type(type)));
     fasternet::Weight item;
     item.data = keep.back().const_data_ptr();
@@ -194,7 +195,7 @@ Tensor pack_weights(const std::vector<Tensor>& weights, const std::vector<Option
     items.push_back(item);
     elements += fasternet::packed_size(item);
   }
-  fast = fast && pconv && type == ScalarType::Float;
+  fast = fast && pconv && type == ScalarType::Float && items[0].n == items[0].c;
   if (fast) elements += fasternet::packed_fast_size(items[0].dtype, items[0].n);
   Tensor packed = torch::stable::empty({&elements, 1}, compute, std::nullopt, weights[0].device());
   char* to = static_cast<char*>(packed.mutable_data_ptr());
@@ -241,13 +242,13 @@ void check_pconv(const Tensor& x, const Tensor& weight) {
   check_c_partial(c_partial, x);
 }
 
-// Whether the operators on raw weights run the fast tier: in float32, of a PConv that has one, and on enough pixels to
-// be worth transforming its weights in the call.
+// Whether the operators on raw weights run the fast tier: in float32, where a PConv has one, and on enough pixels to be
+// worth transforming its weights in the call.
 bool fast_tier(const Tensor& x, const Tensor& w_partial) {
-  constexpr int64_t kPixels = 16384;  // a block breaks even at about 6000
-  return x.scalar_type() == ScalarType::Float && w_partial.scalar_type() == ScalarType::Float &&
+  constexpr int64_t kPixels = 16384;
+  return x.scalar_type() == ScalarType::Float && w_partial.scalar_type() == ScalarType::Float && x.stride(1) == 1 &&
          x.size(0) * x.size(2) * x.size(3) >= kPixels &&
-         fasternet::packed_fast_size(DType::kFloat32, w_partial.size(0)) > 0;
+         fasternet::fast_tier_pays(w_partial.size(0), x.size(2), x.size(3));
 }
 
 // The first c_partial channels of y from x, in a type that the kernels store.

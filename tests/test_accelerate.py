@@ -107,7 +107,7 @@ def test_timm_in_eval(name):
 @pytest.mark.parametrize(
     "name", [*VARIANTS[1:4], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[4:])]
 )
-def test_fast_tier(name):
+def test_fast_tier(name, threads):
     """A network's error against float64 is within the documented 2e-5, as one op and module by
     module; copies keep the choice, and restoring it, training and gradients are as without it."""
     plain, default = twins(partial(timm.create_model, name))
@@ -131,8 +131,13 @@ def test_fast_tier(name):
         assert torch.equal(fk.accelerate(copies[1])(x), default(x))
         small = image(1)
         assert torch.equal(fast.bfloat16()(small.bfloat16()), default.bfloat16()(small.bfloat16()))
-    small = image(1)
-    fast, default = fast.float(), default.float()
+        fast, default = fast.float(), default.float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(fast(small), default(small))
+        several = image(3, 224, 224)
+        assert torch.equal(fast(several[1:2]), fast(several)[1:2])
+        threads(1)
+        assert torch.equal(fast(x), logits)
     assert torch.equal(fast(small), default(small))  # with gradients on
     torch.manual_seed(0)
     expected = default.train()(image(2))

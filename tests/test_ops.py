@@ -291,14 +291,23 @@ def test_fast_tier(case):
     assert torch.equal(fast, default) == (case.c_partial % 8 != 0)
 
 
-def test_fast_functions():
+FAST_TIER = 2e-5  # what the fast tier promises of a network, relative to float64
+
+
+@pytest.mark.parametrize("case", [Case(6, 128, 56, 56), Case(25, 96, 27, 31)], ids=lambda c: c.id)
+def test_fast_functions(case):
     """On enough pixels the functions transform the weights themselves; gradients never do."""
-    case = Case(6, 128, 56, 56)
     x, w = image(case), weights(case)
     calls = {
         "pconv3x3": lambda fast: fk.pconv3x3(x, w["w_partial"], fast=fast),
         "pconv_pw": lambda fast: fk.pconv_pw(x, w["w_partial"], w["w_pw1"], fast=fast),
         "block": lambda fast: fk.fasternet_block(x, **w, fast=fast),
+    }
+    d, wide = double(x), double(w)
+    exactly = {
+        "pconv3x3": lambda: plain_pconv(d, wide["w_partial"]),
+        "pconv_pw": lambda: plain_pconv_pw(d, wide["w_partial"], wide["w_pw1"], None, None, "relu"),
+        "block": lambda: plain_block(d, **wide),
     }
     for name, call in calls.items():
         direct = call(False)
@@ -306,7 +315,28 @@ def test_fast_functions():
         with torch.no_grad():
             fast = call(True)
         assert not torch.equal(fast, direct), name
-        assert (fast - direct).norm() <= 2e-6 * direct.norm(), name
+        exact = exactly[name]()
+        assert (fast.double() - exact).norm() <= FAST_TIER * exact.norm(), name
+
+
+def test_fast_functions_know_no_special_value_from_afar():
+    """A NaN reaches at most two rows and four columns away."""
+    x = torch.randn(7, 96, 56, 56).to(memory_format=torch.channels_last)
+    x[3, 5, 20, 30] = float("nan")
+    with torch.no_grad():
+        y = fk.pconv3x3(x, torch.randn(24, 24, 3, 3), fast=True)[:, :24]
+    reached = y.isnan().any(1).nonzero()
+    assert (reached[:, 0] == 3).all()
+    assert (reached[:, 1] - 20).abs().max() <= 2 and (reached[:, 2] - 30).abs().max() <= 4
+    assert y[3, :, 19:22, 29:32].isnan().all()
+
+
+def test_fast_weights_need_a_square_filter():
+    pack = OPS.pack([torch.randn(24, 48, 3, 3), torch.zeros(4, 24)], [None] * 2, [None] * 2, True)
+    assert (
+        pack.numel()
+        == OPS.pack([torch.randn(24, 48, 3, 3), torch.zeros(4, 24)], [None] * 2, [None] * 2).numel()
+    )
 
 
 @pytest.mark.parametrize("case", [STAGES[0], STAGES[14], *EDGES], ids=lambda c: c.id)

@@ -780,8 +780,8 @@ struct PConvTile {
   }
   // Allows the fast tier, whose weights are `packed`.
   void allow_fast(const T* packed, const Image<S>& x, int64_t height, int64_t width) {
-    const bool can = Same<S, float>::value && x.channel_stride == 1 && has_winograd(c_partial);
-    if (can && winograd_pays(height, width)) winograd = {c_partial, packed, nullptr, nullptr, nullptr};
+    const bool can = Same<S, float>::value && x.channel_stride == 1;
+    if (can && fast_tier_pays(c_partial, height, width)) winograd = {c_partial, packed, nullptr, nullptr, nullptr};
   }
   // A product has a row for eight outputs: 14x14 images as one tile are worth 3 % of a block against two tiles.
   int64_t tile_pixels() const { return winograd.packed ? 2 * kTilePixels : kTilePixels; }

@@ -83,6 +83,10 @@ int64_t packed_fast_size(DType dtype, int64_t c_partial) {
   return kWinogradProducts * packed_size(dtype, c_partial, c_partial);
 }
 
+bool fast_tier_pays(int64_t c_partial, int64_t height, int64_t width) {
+  return has_winograd(c_partial) && winograd_pays(height, width);
+}
+
 void pack_fast(const Weight& weight, void* packed) {
   if (packed_fast_size(weight.dtype, weight.n) == 0) return;
   // The transforms of a filter's column and row: the points 0, 1, -1, infinity, and 0, 1, -1, 2, -2, infinity.

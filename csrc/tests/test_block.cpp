@@ -164,7 +164,8 @@ void test_type() {
 void test_fast() {
   for (int64_t channels : {32, 96, 128, 160}) {  // 8, 24, 32 and 40 convolved ones, the first without a fast tier
     for (const Shape& shape : {Shape{1, 14, 14, channels}, Shape{2, 17, 15, channels}, Shape{3, 28, 14, channels},
-                               Shape{1, 15, 173, channels}, Shape{2, 7, 9, channels}}) {
+                               Shape{1, 15, 173, channels}, Shape{1, 28, 28, channels}, Shape{1, 16, 56, channels},
+                               Shape{2, 7, 9, channels}}) {
       Case c{shape, channels / 4, channels};
       c.x_slice = {8, channels + 16};
       const auto run = [&] {
