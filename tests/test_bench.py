@@ -593,42 +593,33 @@ def test_networks_of_others(name):
 
 
 def test_a_network_that_cannot_be_exported_costs_its_own_row(monkeypatch, tmp_path):
-    """Beside it others are measured, and the run goes on after it."""
+    """Its row says why, no process is asked, and the network beside it is measured."""
+    if reason := available("onnxruntime"):
+        pytest.skip(reason)
 
     class Unexportable(torch.nn.Module):
         def forward(self, x):
             return torch.linalg.lstsq(x[0, 0], x[0, 0]).solution[None]
 
-    def make(name, module):
-        return workloads.Workload(
-            name, "network", (3, 16, 16), "", lambda: module, workloads.ONNX_READERS, False, 0.001
-        )
+    def contender(name, make):
+        readers = workloads.ONNX_READERS
+        shape = (3, 16, 16)
+        workload = workloads.Workload(name, "network", shape, "", make, readers, False)
+        process = FakeProcess(session._exact(workload, 1, "fp32").astype(np.float32))
+        return session.Contender(workload, "onnxruntime", "fp32", [process])
 
-    fine = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
-    fakes = {w.name: w for w in (make("bad", Unexportable()), make("good", fine))}
     monkeypatch.setattr(session, "CACHE", tmp_path)
-    monkeypatch.setattr(workloads, "find", fakes.__getitem__)
-    path = tmp_path / "results.csv"
-    spec = session.Spec(("bad", "good"), ("onnxruntime",), 1, 1)
-    if reason := available("onnxruntime"):
-        pytest.skip(reason)
-    real = session.Process.request
 
-    def request(self, command, *arguments, **options):  # the worker knows no fakes
-        if command == "prepare":
-            return session._exact(fakes["good"], 1, "fp32").astype(np.float32), 0.001
-        if command == "burst":
-            return (0.001,) * 3
-        return real(self, command, *arguments, **options)
+    def fine():
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
 
-    monkeypatch.setattr(session.Process, "request", request)
-    monkeypatch.setattr(session.Process, "send", lambda *_: None)
-    monkeypatch.setattr(session.Process, "receive", lambda *_: (0.001,) * 3)
-    ((_, rows),) = session.measure([spec], path, "r1", lambda *_: None, quick=True)
-    assert [(r.workload, r.status == "ok") for r in rows] == [("bad", False), ("good", True)]
-    assert "linalg" in rows[0].status
-    assert results.read(path) == rows
-    assert list(session.measure([spec], path, "r1", lambda *_: None, quick=True)) == []
+    both = [contender("bad", Unexportable), contender("good", fine)]
+    for one in both:
+        one.prepare(session.Task(one.workload.name, 1, 1, "fp32", tmp_path / "unused.npy"))
+    bad, good = both
+    assert "linalg_lstsq" in bad.status
+    assert bad.burst(session.QUICK, 1, streams=False) == ()
+    assert good.status == "ok"
 
 
 def test_tables():
@@ -656,7 +647,7 @@ def test_pages_are_written_between_their_marks(tmp_path):
     (tmp_path / "docs").mkdir()
     readme, page = tmp_path / "README.md", tmp_path / "docs" / "page.md"
     readme.write_text(marked("speed", "chart"))
-    page.write_text(marked("left-out", "chart-accuracy", "chart-operators"))
+    page.write_text(marked("left-out", "chart-accuracy", "chart-roofline"))
     for _ in range(2):
         pages.update(COMPARED, tmp_path)
         text = readme.read_text()
@@ -665,7 +656,7 @@ def test_pages_are_written_between_their_marks(tmp_path):
         assert "of before" not in text + page.read_text()
         assert "(docs/charts/accuracy_threads1.svg)" in text
         assert "(charts/accuracy_threads1.svg)" in page.read_text()
-        assert "No chart yet" in page.read_text()  # of operators
+        assert "No chart yet" in page.read_text()  # of chains
     assert text.count("| fasternet_t0 |") == 1
     drawn = {file.name for file in (tmp_path / "docs" / "charts").iterdir()}
     assert {"accuracy_threads1.svg", "speedup_threads1.svg"} <= drawn
