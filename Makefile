@@ -84,7 +84,7 @@ cuda:
 
 # Reads sources and docstrings only: needs neither torch nor a build.
 docs: $(VENV)/stamp-docs
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The same tests as test-cpp, run on an emulator.
 test-arm: arm-tools $(ARM_BUILD)/CMakeCache.txt

@@ -12,7 +12,7 @@
 
 Rows are appended to bench/results/<device>.csv as they come. Cut off? `--resume` goes on where the
 last run ended. Filters: --only t0,s --providers ours,mnn --threads 1 --batch 1 --mode latency.
-`operators --only pconv_pw` finds single operators of each stage too.
+`operators --only pconv3x3` finds single operators of each stage too.
 Tables compare rows of one session only; trials belong elsewhere, --csv trial.csv. Close everything
 else first: what another process takes, some provider loses.
 """
