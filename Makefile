@@ -28,7 +28,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # --no-deps where a package would otherwise choose a torch of its own.
 BUILD_PACKAGES := 'setuptools>=77' 'pybind11>=2.13'
 DEMO_PACKAGES := matplotlib pillow safetensors scikit-learn tqdm
-TEST_PACKAGES := $(DEMO_PACKAGES) 'pytest>=8' huggingface_hub pyyaml
+# Triton's interpreter, which runs the GPU kernels in the tests, does not know numpy 2.4 yet.
+TEST_PACKAGES := $(DEMO_PACKAGES) 'pytest>=8' huggingface_hub pyyaml 'numpy<2.4'
+TRITON := triton==3.6.0
 TEST_PACKAGES_NO_DEPS := timm==1.0.30 torchvision==0.28.0
 BENCH_PACKAGES := matplotlib MNN onnx onnxruntime openvino tqdm huggingface_hub pyyaml safetensors
 LINT_PACKAGES := ruff==0.17.6 clang-format==23.1.5
@@ -146,9 +148,10 @@ $(VENV)/stamp-demo: $(VENV)/stamp-torch
 	$(PIP) $(DEMO_PACKAGES)
 	touch $@
 
-$(VENV)/stamp-test: $(VENV)/stamp-torch
+$(VENV)/stamp-test: $(VENV)/stamp-torch Makefile
 	$(PIP) $(TEST_PACKAGES)
 	$(PIP) --no-deps $(TEST_PACKAGES_NO_DEPS)
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(PIP) $(TRITON)  # a torch for CUDA brings its own
 	touch $@
 
 $(VENV)/stamp-bench: $(VENV)/stamp-torch

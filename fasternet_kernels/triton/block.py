@@ -445,11 +445,11 @@ def _fused_arguments(x: Tensor, step: int, taps: Tensor, w1: Tensor, cfg: dict) 
 
 
 def _split_pconv_pw(a: Tensor, x: Tensor, step: int, taps, w1, scale, shift, act: str) -> None:
-    channels = x.shape[1]
+    channels, c_partial = x.shape[1], taps.shape[1]
     # The scratch holds whole steps of the product's loop, so that none has columns of both.
-    stored = min(round_up(taps.shape[1], 64), channels)
-    stored = stored if stored % 64 == 0 else channels
-    u = empty_image(x, stored, w1.dtype)
+    m = a.numel() // a.shape[1]
+    step_k = config("gemm", (a.shape[1], channels, m), w1.dtype, device(x))["BLOCK_K"]
+    u = empty_image(x, min(round_up(c_partial, step_k), channels), w1.dtype)
     convolve_into(u, x, step, taps)
     gemm(a, x, step, w1, channels, head=u, scale=scale, shift=shift, act=act)
 
