@@ -95,7 +95,9 @@ def faults(b):
         wide = b.num_warps % 4 == 0 and all(m >= 64 for m, _, _ in b.dots)
         if tuple(b.capability) == (9, 0) and wide and b.matrix_instructions != "HGMMA":
             found.append(f"{b.matrix_instructions} where HGMMA was possible")
-        if not b.count(r"(LDG|LDGSTS)\..*128|UTMALDG"):
+        # A weight gradient of taps gathers rows of C_partial channels, which nothing aligns.
+        gathers = b.constants.get("OPERAND") == "taps"
+        if not gathers and not b.count(r"(LDG|LDGSTS)\..*128|UTMALDG"):
             found.append("no 16-byte loads")
     return found
 
