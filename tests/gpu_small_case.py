@@ -16,9 +16,8 @@ def main(dry: bool = False) -> None:
     device = Device(dry)
     for names in triton.FAMILIES.values():
         for name in names:
-            call = (
-                Call(name, "t0", 1, 1, "fp16", side=4) if dry else Call(name, "t0", 3, 2, "fp16", 5)
-            )
+            stage, side = (1, 4) if dry else (3, 5)
+            call = Call(name, "t0", stage, 2, "fp16", side=side)
             try:
                 args = call.arguments(device.kind)
             except ValueError:  # an op without a call of its own: on packs

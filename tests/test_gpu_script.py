@@ -31,7 +31,7 @@ def script(*arguments):
 
 
 def test_dry_run(tmp_path):
-    """Every section ends; nothing is taken for a time; a resumed run has nothing to do."""
+    """Every section runs to its end, nothing is taken for a time, then nothing is left to do."""
     tuning = [path.read_text() for path in TUNING]
     status, output = script("--dry-run", "--out", str(tmp_path))
     assert status == 0, output
