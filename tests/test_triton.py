@@ -31,7 +31,6 @@ if torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
         "there is a GPU, whose tests are in test_gpu.py; these alone run with TRITON_INTERPRET=1",
         allow_module_level=True,
     )
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 from triton.runtime.interpreter import interpreter_builder
 
