@@ -181,24 +181,33 @@ def rounded_act(act: str, dtype: torch.dtype) -> str:
 # ---- Images as pixels ----------------------------------------------------------------------------
 
 
+def check_reach(x: Tensor) -> None:
+    """Refuses images whose pixels 32-bit offsets within a tile do not reach.
+
+    Raises:
+        ValueError: an image has 2^30 pixels or a row 2^31 elements, or more.
+    """
+    _, channels, height, width = x.shape
+    if height * width >= 2**30 or (width + 2**12) * max(channels, x.stride(3)) >= 2**31:
+        raise ValueError(
+            f"x has images of {height} x {width} pixels of {channels} channels, expected less than "
+            "2^30 pixels an image and 2^31 elements a row"
+        )
+
+
 def pixel_step(x: Tensor) -> int | None:
     """The distance between the pixels of a channels_last image, which may be a slice of the
     channels of a wider one; None if ``x`` lies in memory in another way.
 
     Raises:
-        ValueError: an image has more pixels, or a row more elements, than the kernels' 32-bit
-            offsets within a tile reach.
+        ValueError: as :func:`check_reach`.
     """
+    check_reach(x)
     batch, channels, height, width = x.shape
     strides = ((width, x.stride(3), 1), (height, x.stride(2), width))
     strides += ((batch, x.stride(0), height * width),)
     step = next((stride // inner for size, stride, inner in strides if size > 1), channels)
     expected = (step * height * width, 1, step * width, step)
-    if height * width >= 2**30 or (width + 2**12) * max(step, channels) >= 2**31:
-        raise ValueError(
-            f"x has images of {height} x {width} pixels of {channels} channels, expected less than "
-            "2^30 pixels an image and 2^31 elements a row"
-        )
     if step < channels or any(
         size > 1 and a != b for size, a, b in zip(x.shape, x.stride(), expected)
     ):
