@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -340,9 +339,4 @@ def available(name: str) -> str:
             if importlib.util.find_spec(package) is not None:
                 continue
         return f"{package} is not installed"
-    if name == "ours_fast":
-        import fasternet_kernels as fk
-
-        if "fast" not in inspect.signature(fk.accelerate).parameters:
-            return "this version of the package has no fast tier"
     return ""

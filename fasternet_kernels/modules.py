@@ -199,6 +199,7 @@ class PackingModule(nn.Module):
     """A module that keeps a pack of its folded weights for calls without gradients."""
 
     _pack: tuple[Sources, Tensor] | None = None
+    fast = False  # whether the fast tier is allowed: see :func:`fasternet_kernels.accelerate`
 
     def drop_pack(self) -> None:
         """Forgets the pack; the next call without gradients makes a new one."""
@@ -210,15 +211,16 @@ class PackingModule(nn.Module):
         It also depends on the tensors ``others`` and on ``norm``; ``fold()`` gives the (scales,
         shifts) that are packed in. Under a compiler or a dispatch mode nothing is kept.
         """
+        fast = self.fast and weights[0].device.type == "cpu"
         if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-            return _ops.pack(weights, *fold())
+            return _ops.pack(weights, *fold(), fast)
         tensors = (*weights, *others, *norm_tensors(norm))
         constants = (norm.eps,) if isinstance(norm, NORMS) else ()
         kept = self._pack
         if kept is not None and kept[0].current(tensors, constants):
             return kept[1]
         with torch.no_grad():
-            pack = _ops.pack([w.detach() for w in weights], *fold())
+            pack = _ops.pack([w.detach() for w in weights], *fold(), fast)
         if type(pack) is Tensor:
             self.__dict__["_pack"] = (Sources(tensors, constants), pack)
         return pack
@@ -432,7 +434,7 @@ class FusedBlock(PackingModule):
             )
         pack = self.block_pack(p)
         return _ops.block_packed(
-            x, pack, p.partial.out_channels, p.pw1.out_channels, sample_scale, p.act
+            x, pack, p.partial.out_channels, p.pw1.out_channels, sample_scale, p.act, self.fast
         )
 
 

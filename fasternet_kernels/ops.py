@@ -53,6 +53,7 @@ from .reference import (
     compute_dtype,
     gemm_shapes,
     memory_format,
+    packed_fast_size,
     packed_size,
 )
 
@@ -65,7 +66,7 @@ SCHEMAS = {
     "pconv3x3_backward": (
         "(Tensor grad, Tensor x_partial, Tensor weight, bool[] output_mask) -> (Tensor, Tensor)"
     ),
-    "pack": "(Tensor[] weights, Tensor?[] scales, Tensor?[] shifts) -> Tensor",
+    "pack": ("(Tensor[] weights, Tensor?[] scales, Tensor?[] shifts, bool fast=False) -> Tensor"),
     "pconv_pw": (
         "(Tensor x, Tensor w_partial, Tensor w_pw, Tensor? scale, Tensor? shift, str act, "
         "bool fast=False) -> Tensor"
@@ -223,9 +224,10 @@ def _(grad, x_partial, weight, output_mask):
 
 
 @_fake("pack")
-def _(weights, scales, shifts):
+def _(weights, scales, shifts, fast=False):
     dtype = compute_dtype(weights[0].dtype)
     size = sum(packed_size(n, k, dtype) for n, k in gemm_shapes([w.shape for w in weights]))
+    size += packed_fast_size(weights) if fast else 0
     return torch.empty(size, dtype=dtype, device=weights[0].device)
 
 
@@ -745,6 +747,13 @@ def _(x, z, mean, scale, shift, w_pw2, *args, out_shape=None, **kwargs) -> int:
     return 2 * _pixels(x) * w_pw2[0] * w_pw2[1]
 
 
+def _act_pw_residual_gradients(
+    x, w_pw2, need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample
+) -> int:
+    inner = need_z or need_mean or need_scale or need_shift
+    return 2 * _pixels(x) * w_pw2[0] * w_pw2[1] * (inner + need_pw2 + (need_layer or need_sample))
+
+
 @_flops("act_pw_residual_backward")
 def _(
     grad,
@@ -761,9 +770,7 @@ def _(
     out_shape=None,
     **kwargs,
 ) -> int:
-    need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample = output_mask
-    inner = need_z or need_mean or need_scale or need_shift
-    return 2 * _pixels(z) * w_pw2[0] * w_pw2[1] * (inner + need_pw2 + (need_layer or need_sample))
+    return _act_pw_residual_gradients(z, w_pw2, *output_mask)
 
 
 @_flops("act_pw_residual_recompute_backward")
@@ -784,11 +791,8 @@ def _(
     out_shape=None,
     **kwargs,
 ) -> int:
-    need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample = output_mask
-    inner = need_z or need_mean or need_scale or need_shift
-    products = inner + need_pw2 + (need_layer or need_sample)
     recompute = _pconv_pw_flops(x, w_partial[0], w_pw1[0])
-    return recompute + 2 * _pixels(x) * w_pw2[0] * w_pw2[1] * products
+    return recompute + _act_pw_residual_gradients(x, w_pw2, *output_mask)
 
 
 # ---- Argument checks -----------------------------------------------------------------------------
@@ -885,8 +889,9 @@ def pconv3x3(x: Tensor, weight: Tensor, *, fast: bool = False) -> Tensor:
     Args:
         x: (B, C, H, W), float32, float64, bfloat16 or float16, any strides.
         weight: (C_partial, C_partial, 3, 3), x's dtype and device, 1 <= C_partial <= C.
-        fast: allow float32 algorithms with a larger rounding error, without gradients; there are
-            none yet, so it changes nothing.
+        fast: allow Winograd's convolution where it pays, in float32 on CPUs and with gradients
+            off: a larger rounding error, and an infinity or NaN may reach other pixels nearby.
+            The weights are transformed in the call, which takes many pixels to pay.
 
     Returns:
         (B, C, H, W) of x's dtype in the memory format that x suggests. The convolution has stride
@@ -900,7 +905,7 @@ def pconv3x3(x: Tensor, weight: Tensor, *, fast: bool = False) -> Tensor:
     _check_image(x)
     _check_partial("weight", weight, x)
     (weight,) = autocast_weights(x, weight)
-    return _ops.pconv3x3(x, weight, fast)
+    return _ops.pconv3x3(x, weight, fast and not torch.is_grad_enabled())
 
 
 class _InPlace(torch.autograd.Function):
@@ -990,8 +995,9 @@ def pconv_pw(
         scale, shift: (C_out) or None for 1 and 0; floating point, applied in float32 (float64
             beside float64).
         act: relu, gelu (erf), gelu_tanh, silu, hardswish or identity.
-        fast: allow float32 algorithms with a larger rounding error, without gradients; there are
-            none yet, so it changes nothing.
+        fast: allow Winograd's convolution where it pays, in float32 on CPUs and with gradients
+            off: a larger rounding error, and an infinity or NaN may reach other pixels nearby.
+            The weights are transformed in the call, which takes many pixels to pay.
 
     Returns:
         (B, C_out, H, W) of x's dtype (autocast's under autocast) in the memory format that x
@@ -1010,6 +1016,7 @@ def pconv_pw(
     _check_vector("shift", shift, x, w_pw.shape[0])
     check_act(act)
     w_partial, w_pw = autocast_weights(x, w_partial, w_pw)
+    fast = fast and not torch.is_grad_enabled()
     return _ops.pconv_pw(x, w_partial, w_pw, scale, shift, act, fast)
 
 
@@ -1040,8 +1047,9 @@ def fasternet_block(
         layer_scale: (C) or None for 1.
         sample_scale: (B) or None for 1: stochastic depth, 0 or 1 / keep probability for each
             sample.
-        fast: allow float32 algorithms with a larger rounding error, without gradients; there are
-            none yet, so it changes nothing.
+        fast: allow Winograd's convolution where it pays, in float32 on CPUs and with gradients
+            off: a larger rounding error, and an infinity or NaN may reach other pixels nearby.
+            The weights are transformed in the call, which takes many pixels to pay.
 
     Returns:
         (B, C, H, W) of x's dtype in the memory format that x suggests.
@@ -1064,6 +1072,7 @@ def fasternet_block(
     _check_vector("sample_scale", sample_scale, x, x.shape[0])
     check_act(act)
     w_partial, w_pw1, w_pw2 = autocast_weights(x, w_partial, w_pw1, w_pw2)
+    fast = fast and not torch.is_grad_enabled()
     return _ops.block(
         x, w_partial, w_pw1, w_pw2, scale, shift, layer_scale, sample_scale, act, fast
     )

@@ -248,6 +248,67 @@ def test_pack_layout(n, c, k, dtype):
     assert torch.equal(got_shift, shift) and not no_shift.any()
 
 
+@pytest.mark.parametrize("c_partial", [16, 24, 36, 40, 72])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pack_for_the_fast_tier(c_partial, dtype):
+    """It starts with the same bytes; the transformed weights behind them agree with the reference's
+    to the last place, as the order of their sums is not the same."""
+    w = weights(Case(1, 2 * c_partial, 1, 1, n_div=2), DTYPES[dtype])
+    args = [w["w_partial"], w["w_pw1"]], [None, w["scale"]], [None, w["shift"]]
+    pack, fast = OPS.pack(*args), OPS.pack(*args, True)
+    expected = reference.pack(*args, True)
+    has_fast = dtype == "fp32" and c_partial not in (16, 36)
+    assert (fast.numel() > pack.numel()) == has_fast and fast.shape == expected.shape
+    assert torch.equal(fast[: pack.numel()], pack)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(fast, expected, rtol=eps, atol=eps * 2**-24)
+
+
+FAST_CASES = [c for c in STAGES if c.height >= 14 and c.c_partial >= 24] + [
+    Case(2, 96, 17, 15),
+    Case(1, 48, 15, 173, n_div=2, act="gelu"),
+    Case(3, 96, 28, 14, extra=8),
+]
+
+
+@pytest.mark.parametrize("case", FAST_CASES, ids=lambda c: c.id)
+def test_fast_tier(case):
+    """A whole block, in which the convolution is one of three, is within the default tier's own
+    criterion; only special values may stand elsewhere."""
+    x, w = image(case), weights(case)
+    exact = plain_block(double(x), **double(w), act=case.act)
+    args = [w[n] for n in ("w_partial", "w_pw1", "w_pw2")]
+    pack = OPS.pack(args, [None, w["scale"], w["layer_scale"]], [None, w["shift"], None], True)
+    packed = pack, case.c_partial, case.c_hidden, w["sample_scale"], case.act
+    with torch.no_grad():
+        default = OPS.block_packed(x, *packed)
+        fast = OPS.block_packed(x, *packed, True)
+        assert torch.equal(OPS.block_packed(x, *packed, True), fast)
+        assert torch.equal(
+            fk.fasternet_block(x, **w, act=case.act), default
+        )  # a pack for the fast tier does not change the default one
+    assert_right(fast, exact, plain_block(x, **w, act=case.act))
+    assert torch.equal(fast, default) == (case.c_partial % 8 != 0)
+
+
+def test_fast_functions():
+    """On enough pixels the functions transform the weights themselves; gradients never do."""
+    case = Case(6, 128, 56, 56)
+    x, w = image(case), weights(case)
+    calls = {
+        "pconv3x3": lambda fast: fk.pconv3x3(x, w["w_partial"], fast=fast),
+        "pconv_pw": lambda fast: fk.pconv_pw(x, w["w_partial"], w["w_pw1"], fast=fast),
+        "block": lambda fast: fk.fasternet_block(x, **w, fast=fast),
+    }
+    for name, call in calls.items():
+        direct = call(False)
+        assert torch.equal(call(True), direct), name  # gradients are on
+        with torch.no_grad():
+            fast = call(True)
+        assert not torch.equal(fast, direct), name
+        assert (fast - direct).norm() <= 2e-6 * direct.norm(), name
+
+
 @pytest.mark.parametrize("case", [STAGES[0], STAGES[14], *EDGES], ids=lambda c: c.id)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)

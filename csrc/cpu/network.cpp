@@ -131,7 +131,7 @@ void network(const Network& args, void* const* outputs, const ParallelFor& paral
       }
       case Kind::kBlock:
         run.block({args.dtype, args.dtype, args.batch, now.channels, now.height, now.width, step.a, step.b, x,
-                   now.channels, x, now.channels, y, now.channels, step.packed, nullptr, step.act},
+                   now.channels, x, now.channels, y, now.channels, step.packed, nullptr, step.act, step.fast},
                   parallel);
         break;
       case Kind::kHead:
