@@ -387,6 +387,7 @@ def weight_gradient_kernel(
     tiles_per_program,
     N: tl.constexpr,
     K: tl.constexpr,
+    G_COLUMNS: tl.constexpr,
     G_STEP: tl.constexpr,
     Z_STEP: tl.constexpr,
     A_STEP: tl.constexpr,
@@ -407,10 +408,11 @@ def weight_gradient_kernel(
 ):
     """The part of g' a that tiles_per_program tiles of pixels give to one tile of (N, K).
 
-    g is (M, N): total if STATS, times a scale of each image if HAS_SAMPLE. a is (M, K), by OPERAND:
-    "act", act(bn(z)), z at ``a_ptr``; "pconv", the channels of u, as many as it has, then those of
-    x at ``a_ptr``; "taps", the pixels around each one, k = tap * CHANNELS + channel; "patches", the
-    pixels of its patch, likewise, the rows of g being those of the smaller image.
+    g is (M, N), of G_COLUMNS that may be read: total if STATS, times a scale of each image if
+    HAS_SAMPLE. a is (M, K), by OPERAND: "act", act(bn(z)), z at ``a_ptr``; "pconv", the channels of
+    u, as many as it has, then those of x at ``a_ptr``; "taps", the pixels around each one,
+    k = tap * CHANNELS + channel; "patches", the pixels of its patch, likewise, the rows of g being
+    those of the smaller image.
     Grid: (blocks of K, blocks of N, programs).
     """
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -428,7 +430,7 @@ def weight_gradient_kernel(
         valid = (pixel < rows)[:, None]
         begin = tl.cast(start, tl.int64)
 
-        keep = valid & (n < N)[None, :]
+        keep = valid & (n < G_COLUMNS)[None, :]
         g = tl.load(
             g_ptr + begin * G_STEP + local[:, None] * G_STEP + n[None, :], mask=keep, other=0.0
         )
@@ -678,6 +680,7 @@ def _weight_gradient(
         tiles_per_program=of_each,
         N=n,
         K=k,
+        G_COLUMNS=g.shape[1],
         G_STEP=g_step,
         Z_STEP=z_step if statistics else 0,
         A_STEP=a_step,
@@ -936,14 +939,13 @@ def pconv3x3_backward(grad, x_partial, weight, output_mask):
     if grad.numel() == 0:
         return reference.pconv3x3_backward(grad, x_partial, weight, output_mask)
     need_x, need_weight = output_mask
-    c_partial = weight.shape[0]
     dx = dw = None
     if need_x:
         dx = empty_image(grad, grad.shape[1], grad.dtype).copy_(grad)
         _pconv_dx(grad, weight, dx)
         dx = in_format_of(dx, grad)
     if need_weight:
-        dw, _ = _weight_gradient(grad[:, :c_partial], x_partial, weight, "taps")
+        dw, _ = _weight_gradient(grad, x_partial, weight, "taps")
     return _results(grad, dx, dw)
 
 
