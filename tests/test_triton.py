@@ -195,6 +195,7 @@ def check_special(name, got, broken, clean, *args):
     assert errors(got, exact).within(allowed), name
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("act", ACTS)
 def test_nan_and_infinity(act, path):
     case = Case(1, 40, 6, 7, act=act)
@@ -224,15 +225,14 @@ def test_nan_and_infinity(act, path):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(1, 16, 19, 70, n_div=2),  # tiles in both directions, the last ones partly outside
-        Case(2, 12, 41, 6, n_div=4),  # tiles that span the width; three channels
-        Case(2, 20, 9, 130, n_div=2, extra=3),
+        Case(1, 16, 17, 40, n_div=2),  # tiles in both directions, the last ones partly outside
+        Case(2, 12, 33, 6, n_div=4),  # tiles that span the width; three channels
+        Case(1, 20, 9, 34, n_div=2, extra=3),
     ],
     ids=lambda c: c.id,
 )
 def test_in_place_in_any_order(case, dtype, shuffled):
-    for _ in range(2):
-        check_in_place(image(case, DTYPES[dtype]), weights(case, DTYPES[dtype])["w_partial"])
+    check_in_place(image(case, DTYPES[dtype]), weights(case, DTYPES[dtype])["w_partial"])
 
 
 def test_in_place_without_room_for_a_tile(monkeypatch):
