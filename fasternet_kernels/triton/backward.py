@@ -653,6 +653,7 @@ def _weight_gradient(
     bn = vectors(*bn)
     rows, (block_m, most) = rows_of(g), WEIGHT_TILES[precision(weight.dtype)]
     block_n, block_k = block(n, most), block(k, most)
+    block_m = max(block_m, 1024 // block_n)  # or a thread has less than 16 bytes to load
     blocks = cdiv(n, block_n), cdiv(k, block_k)
     programs, of_each = persistent(g, rows, block_m, 2 * blocks[0] * blocks[1], least=8)
     partial = g.new_empty((programs, n, k), dtype=torch.float32)
@@ -747,7 +748,7 @@ def _dz(
     mean, scale, shift, layer, sample = vectors(mean, scale, shift, layer, sample)
     c, c_hidden, rows = grad.shape[1], z.shape[1], rows_of(z)
     project = w_pw2 is not None
-    tile = tiles(c_hidden, c, z.dtype, columns=64)
+    tile = tiles(c_hidden, c, z.dtype, rows=64, columns=64)
     blocks = cdiv(c_hidden, tile["BLOCK_N"])
     programs, of_each = persistent(z, rows, tile["BLOCK_M"], blocks)
     dz = empty_image(z, c_hidden, z.dtype) if need_z else None
