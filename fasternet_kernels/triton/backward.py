@@ -92,16 +92,17 @@ def act_gradient(da, t, ACT: tl.constexpr):
         below = 0.5 * (1.0 + tl.erf(t * 0.7071067811865476))
         da = da * (below + t * 0.3989422804014327 * tl.exp(-0.5 * t * t))
     elif ACT == "gelu_tanh":
-        # (1 + tanh(s)) / 2 = below, s = sqrt(2 / pi) * (t + 0.044715 t^3)
-        below = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (t + 0.044715 * t * t * t)))
+        # below = (1 + tanh(s / 2)) / 2 with s / 2 = sqrt(2 / pi) * (t + 0.044715 t^3)
+        s = 1.5957691216057308 * (t + 0.044715 * t * t * t)
+        below, above = 1.0 / (1.0 + tl.exp(-s)), 1.0 / (1.0 + tl.exp(s))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * t * t)
-        da = da * (below + t * below * (1.0 - below) * slope)
+        da = da * (below + t * below * above * slope)
     elif ACT == "silu":
-        below = 1.0 / (1.0 + tl.exp(-t))
-        da = da * (below * (1.0 + t * (1.0 - below)))
+        below, above = 1.0 / (1.0 + tl.exp(-t)), 1.0 / (1.0 + tl.exp(t))
+        da = da * (below + t * below * above)
     elif ACT == "hardswish":
-        inner = tl.where(t <= 3.0, da * (t * (1.0 / 3.0) + 0.5), da)
-        da = tl.where(t < -3.0, 0.0, inner)
+        inner = tl.where(t < 3.0, da * (t * (1.0 / 3.0) + 0.5), da)
+        da = tl.where(t <= -3.0, 0.0, inner)
     else:
         tl.static_assert(ACT == "identity", "unknown activation")
     return da
@@ -780,7 +781,7 @@ def _dz(
         NEED_Z=need_z,
         NEED_SUMS=need_sums,
         PRECISION=dot_precision(z.dtype),
-        **tile,
+        **tile | {"num_warps": 8},
     )
     sums = z.new_empty((2, c_hidden), dtype=torch.float32) if need_sums else None
     if need_sums:

@@ -407,7 +407,7 @@ def pconv_pointwise(
         VECTOR=vector(x.dtype),
         PRECISION=dot_precision(dtype),
         BLOCK_P=block_p,
-        **tile,
+        **tile | {"num_stages": 2},
     )
     if not stats:
         return z, None, None
