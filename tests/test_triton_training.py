@@ -129,6 +129,16 @@ def in_order_sums(name, call):
     return (-scale * dshift).float(), dscale, dshift
 
 
+def in_order_dsample(op, call):
+    """dsample_scale: its exact terms added one after another."""
+    grad, *args = double(call[0])
+    if op == "block_backward":
+        branch = reference.block(*args[:-2], None, args[-1]) - args[0]
+    else:
+        branch = reference.act_pw_residual(torch.zeros_like(grad), *args[:-2], None, args[-1])
+    return (grad * branch).float().flatten(1).cumsum(1)[:, -1]
+
+
 def check(name, call):
     """The kernel against the reference in float64, beside the reference in the same dtype and, for
     sums over pixels, a plain loop."""
@@ -148,6 +158,8 @@ def check(name, call):
     if op in ("bn_act_backward", "act_pw_residual_backward"):
         for i in (1, 2, 3):
             rivals[i].append(lambda i=i: in_order_sums(name, call)[i - 1])
+    if op in ("block_backward", "act_pw_residual_backward"):
+        rivals[-1].append(lambda: in_order_dsample(op, call))
     for i, (g, e, of_same_dtype) in enumerate(zip(got, exact, rivals, strict=True)):
         assert_right(g, e, *of_same_dtype, what=f"{name}: output {i}")
         assert g.dtype == eager[i].dtype
@@ -197,9 +209,9 @@ def test_edges(case):
 )
 def test_acts(name, act):
     """With values at the activations' kinks, and NaN and infinities where bn_act has them."""
-    call = arguments(Case(2, 8, 4, 4, act=act), torch.float32)[name]
+    call = arguments(Case(2, 24, 5, 6, act=act), torch.float32)[name]
     z = call[0][1 if name.startswith("act") else 0 if name == "bn_act" else 1]
-    mean, scale, shift = (t for t in call[0] if isinstance(t, torch.Tensor) and t.shape == (16,))
+    mean, scale, shift = (t for t in call[0] if isinstance(t, torch.Tensor) and t.shape == (48,))
     mean[:6], scale[:6], shift[:6] = 0, 1, 0
     z[0, :5, 0, 0] = torch.tensor([0.0, -0.0, 3.0, -3.0, 20.0])
     if "residual" not in name:

@@ -101,7 +101,7 @@ def act_gradient(da, t, ACT: tl.constexpr):
         below, above = 1.0 / (1.0 + tl.exp(-t)), 1.0 / (1.0 + tl.exp(t))
         da = da * (below + t * below * above)
     elif ACT == "hardswish":
-        inner = tl.where(t < 3.0, da * (t * (1.0 / 3.0) + 0.5), da)
+        inner = tl.where(t >= 3.0, da, da * (t * (1.0 / 3.0) + 0.5))
         da = tl.where(t <= -3.0, 0.0, inner)
     else:
         tl.static_assert(ACT == "identity", "unknown activation")
