@@ -700,7 +700,7 @@ def _weight_gradient(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        num_warps=8 if block_n * block_k > 64 * 64 else 4,
+        num_warps=8 if max(block_n, block_k) > 64 else 4,
         num_stages=3,
     )
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=g.device) if need_weight else None
@@ -846,11 +846,14 @@ def _pconv_pointwise_backward(
     need_pw: bool,
     dy: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx plus dy in x's memory format, dw_partial, dw_pw) of conv1x1(pconv3x3(x)).
+    """(dx plus dy in x's memory format, dw_partial, dw_pw) of conv1x1(pconv3x3(x)), None where not
+    needed.
 
     Args:
         dz: (B, C_hidden, H, W). statistics: (z, dmean, dm2, mean) that complete it, or None.
     """
+    if not (need_x or need_partial or need_pw):
+        return None, None, None
     image, image_step = pixels(x)
     dz, dz_step = pixels(dz)
     c, c_partial, c_hidden, rows = x.shape[1], w_partial.shape[0], w_pw.shape[0], rows_of(x)
