@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import (
     DTYPES,
     EDGES,
@@ -117,16 +118,22 @@ def in_order_statistics(z):
     return mean, m2
 
 
-def in_order_sums(name, call):
-    """(dmean, dscale, dshift) of dz's ops: their exact terms added one pixel after another."""
-    args, n, *after = double(call)
-    z, mean, scale, *_ = args[1:]
-    dz = run(getattr(reference, name.split()[0]), name, (args, n, *after))[0]
-    dt, centred = dz / scale[:, None, None], z - mean[:, None, None]
+def in_order_sums(op, args):
+    """(dmean, dscale, dshift) of dz's ops in float32, one pixel after another."""
+    grad, z, mean, scale, shift, *rest, act = args
+    da = grad.float()
+    if op == "act_pw_residual_backward":
+        w_pw2, layer, sample = rest
+        if layer is not None:
+            da = da * layer[:, None, None] * sample[:, None, None, None]
+        da = F.conv_transpose2d(da, w_pw2.float())
+    centred = z - mean[:, None, None]
+    t = centred * scale[:, None, None] + shift[:, None, None]
+    dt = reference.act_backward(da, t, act)
     dscale, dshift = (
-        t.float().permute(0, 2, 3, 1).flatten(0, 2).cumsum(0)[-1] for t in (dt * centred, dt)
+        terms.permute(0, 2, 3, 1).flatten(0, 2).cumsum(0)[-1] for terms in (dt * centred, dt)
     )
-    return (-scale * dshift).float(), dscale, dshift
+    return -scale * dshift, dscale, dshift
 
 
 def in_order_dsample(op, call):
@@ -157,7 +164,7 @@ def check(name, call):
             rivals[i] = [rival, lambda i=i: in_order_statistics(got[0])[i - 1]]
     if op in ("bn_act_backward", "act_pw_residual_backward"):
         for i in (1, 2, 3):
-            rivals[i].append(lambda i=i: in_order_sums(name, call)[i - 1])
+            rivals[i].append(lambda i=i: in_order_sums(op, call[0])[i - 1])
     if op in ("block_backward", "act_pw_residual_backward"):
         rivals[-1].append(lambda: in_order_dsample(op, call))
     for i, (g, e, of_same_dtype) in enumerate(zip(got, exact, rivals, strict=True)):
