@@ -92,16 +92,17 @@ def act_gradient(da, t, ACT: tl.constexpr):
         below = 0.5 * (1.0 + tl.erf(t * 0.7071067811865476))
         da = da * (below + t * 0.3989422804014327 * tl.exp(-0.5 * t * t))
     elif ACT == "gelu_tanh":
-        # (1 + tanh(s)) / 2 = below, s = sqrt(2 / pi) * (t + 0.044715 t^3)
-        below = 1.0 / (1.0 + tl.exp(-1.5957691216057308 * (t + 0.044715 * t * t * t)))
+        # below = (1 + tanh(s / 2)) / 2 with s / 2 = sqrt(2 / pi) * (t + 0.044715 t^3)
+        s = 1.5957691216057308 * (t + 0.044715 * t * t * t)
+        below, above = 1.0 / (1.0 + tl.exp(-s)), 1.0 / (1.0 + tl.exp(s))
         slope = 1.5957691216057308 * (1.0 + 0.134145 * t * t)
-        da = da * (below + t * below * (1.0 - below) * slope)
+        da = da * (below + t * below * above * slope)
     elif ACT == "silu":
-        below = 1.0 / (1.0 + tl.exp(-t))
-        da = da * (below * (1.0 + t * (1.0 - below)))
+        below, above = 1.0 / (1.0 + tl.exp(-t)), 1.0 / (1.0 + tl.exp(t))
+        da = da * (below + t * below * above)
     elif ACT == "hardswish":
-        inner = tl.where(t <= 3.0, da * (t * (1.0 / 3.0) + 0.5), da)
-        da = tl.where(t < -3.0, 0.0, inner)
+        inner = tl.where(t >= 3.0, da, da * (t * (1.0 / 3.0) + 0.5))
+        da = tl.where(t <= -3.0, 0.0, inner)
     else:
         tl.static_assert(ACT == "identity", "unknown activation")
     return da
@@ -653,6 +654,7 @@ def _weight_gradient(
     bn = vectors(*bn)
     rows, (block_m, most) = rows_of(g), WEIGHT_TILES[precision(weight.dtype)]
     block_n, block_k = block(n, most), block(k, most)
+    block_m = max(block_m, 1024 // block_n)  # or a thread has less than 16 bytes to load
     blocks = cdiv(n, block_n), cdiv(k, block_k)
     programs, of_each = persistent(g, rows, block_m, 2 * blocks[0] * blocks[1], least=8)
     partial = g.new_empty((programs, n, k), dtype=torch.float32)
@@ -698,7 +700,7 @@ def _weight_gradient(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
-        num_warps=8 if block_n * block_k > 64 * 64 else 4,
+        num_warps=8 if max(block_n, block_k) > 64 else 4,
         num_stages=3,
     )
     dw = torch.empty(weight.shape, dtype=weight.dtype, device=g.device) if need_weight else None
@@ -747,7 +749,7 @@ def _dz(
     mean, scale, shift, layer, sample = vectors(mean, scale, shift, layer, sample)
     c, c_hidden, rows = grad.shape[1], z.shape[1], rows_of(z)
     project = w_pw2 is not None
-    tile = tiles(c_hidden, c, z.dtype, columns=64)
+    tile = tiles(c_hidden, c, z.dtype, rows=64, columns=64)
     blocks = cdiv(c_hidden, tile["BLOCK_N"])
     programs, of_each = persistent(z, rows, tile["BLOCK_M"], blocks)
     dz = empty_image(z, c_hidden, z.dtype) if need_z else None
@@ -779,7 +781,7 @@ def _dz(
         NEED_Z=need_z,
         NEED_SUMS=need_sums,
         PRECISION=dot_precision(z.dtype),
-        **tile,
+        **tile | {"num_warps": 8},
     )
     sums = z.new_empty((2, c_hidden), dtype=torch.float32) if need_sums else None
     if need_sums:
@@ -844,11 +846,14 @@ def _pconv_pointwise_backward(
     need_pw: bool,
     dy: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx plus dy in x's memory format, dw_partial, dw_pw) of conv1x1(pconv3x3(x)).
+    """(dx plus dy in x's memory format, dw_partial, dw_pw) of conv1x1(pconv3x3(x)), None where not
+    needed.
 
     Args:
         dz: (B, C_hidden, H, W). statistics: (z, dmean, dm2, mean) that complete it, or None.
     """
+    if not (need_x or need_partial or need_pw):
+        return None, None, None
     image, image_step = pixels(x)
     dz, dz_step = pixels(dz)
     c, c_partial, c_hidden, rows = x.shape[1], w_partial.shape[0], w_pw.shape[0], rows_of(x)

@@ -71,12 +71,11 @@ def tiles(n: int, k: int, dtype: torch.dtype, rows: int = 128, columns: int = 12
     ``columns`` where the epilogue needs registers of its own."""
     block_m, block_n, block_k = TILES[precision(dtype)]
     block_n = block(n, min(block_n, columns))
-    full = block_n > 64 or columns < 128 or rows < 128
     return {
         "BLOCK_M": min(block_m, rows),
         "BLOCK_N": block_n,
         "BLOCK_K": power_of_2(k) if ALL_COLUMNS else min(block_k, power_of_2(k)),
-        "num_warps": 8 if full else 4,
+        "num_warps": 8 if block_n > 64 else 4,
         "num_stages": 3,
     }
 
@@ -157,19 +156,19 @@ def pw_stats_kernel(
         if FUSED:
             row, column = place(start, local, height, width)
             p = tl.arange(0, BLOCK_P)
-            u = convolve(
+            head = convolve(
                 x_tile, taps_ptr, local, inside, row, column, p, height, width, C, C_PARTIAL,
                 X_STEP, TAP_STEP, BLOCK_M, BLOCK_P, BLOCK_P, VECTOR, PRECISION,
             ).to(dtype)  # fmt: skip
             if BLOCK_P > C_PARTIAL:
-                x = tl.load(
+                own = tl.load(
                     x_tile + local[:, None] * X_STEP + p[None, :],
                     mask=inside[:, None] & (p < C)[None, :],
                     other=0.0,
                 )
-                u = tl.where((p < C_PARTIAL)[None, :], u, x.to(dtype))
-            w = weight_tile(w_ptr, n, p, C_OUT, C, C)
-            acc = tl.dot(u, w, acc, input_precision=PRECISION)
+                head = tl.where((p < C_PARTIAL)[None, :], head, own.to(dtype))
+            head_w = weight_tile(w_ptr, n, p, C_OUT, C, C)
+            acc = tl.dot(head, head_w, acc, input_precision=PRECISION)
         else:
             u_tile = u_ptr + start * HEAD
             for k0 in range(0, HEAD, BLOCK_K):
@@ -408,7 +407,7 @@ def pconv_pointwise(
         VECTOR=vector(x.dtype),
         PRECISION=dot_precision(dtype),
         BLOCK_P=block_p,
-        **tile,
+        **tile | {"num_stages": 2},
     )
     if not stats:
         return z, None, None
