@@ -1,6 +1,8 @@
 """The Triton kernels of training and of every backward pass, in Triton's interpreter on CPU tensors
 (float32 and float16: its bfloat16 products are wrong), against float64."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,32 @@ def run(fn, name, call, mask=None):
     return found if isinstance(found, tuple) else (found,)
 
 
+def loop_conv_backward(grad, x, weight, need_x, need_weight, stride=(1, 1), padding=0):
+    """The gradients of a convolution of stride 1, one multiply and one add at a time."""
+    dx = dw = None
+    if need_x:
+        around = weight.shape[2] - 1 - padding
+        dx = loop_conv(grad, weight.flip(2, 3).transpose(0, 1), padding=around)
+    if need_weight:
+        columns = F.unfold(x.float(), weight.shape[2:], padding=padding)
+        dw = torch.zeros(weight.shape).flatten(1)
+        for g, a in zip(
+            *(t.transpose(1, 2).flatten(0, 1) for t in (grad.float().flatten(2), columns))
+        ):
+            dw = dw + g[:, None] * a
+        dw = dw.reshape(weight.shape).to(weight.dtype)
+    return dx, dw
+
+
+def in_loops(name, call):
+    """The reference with plain loops for convolutions, in the same dtype."""
+    op = getattr(reference, name.split()[0])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference.F, "conv2d", loop_conv)
+        patch.setattr(reference, "_conv_backward", loop_conv_backward)
+        return run(op, name, call)
+
+
 def in_order_statistics(z):
     """(mean, m2) of each channel, one pixel after another in float32 (Welford's method)."""
     rows = z.float().permute(0, 2, 3, 1).flatten(0, 2)
@@ -158,6 +186,9 @@ def check(name, call):
     exact = list(run(getattr(reference, op), name, double(call)))
     eager = run(getattr(reference, op), name, call)
     rivals = [[e] for e in eager]
+    if op != "patch_conv_backward":
+        loops = functools.cache(lambda: in_loops(name, call))
+        rivals = [[e, lambda i=i: loops()[i]] for i, e in enumerate(eager)]
     if op == "pw_stats":  # the statistics are those of z as stored
         exact[1:] = reference.statistics(got[0].double())
         for i, rival in enumerate(reference.statistics(got[0]), 1):
