@@ -9,5 +9,15 @@
     report.py      the goals, README's tables
     plot.py        charts, from the CSV alone
 
+    calls.py         single ops at the shapes of the networks' stages
+    offline.py       the Triton kernels compiled without a GPU, and what stands in the binaries
+    roofline.py      how fast they can be, computed
+    gpu.py           `make gpu`: its sections, their time, what is left to do
+    gpu_sections.py  what each measures
+    gpu_rows.py      the rows: columns, parity gate, times in turns
+    gpu_timing.py    CUDA events and graphs
+    gpu_tune.py      tuning tables
+    gpu_report.py    the one-page summary
+
 bench imports the package; the package never imports bench.
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,9 +29,12 @@ def text(rows: Sequence[GpuRow], folder: Path) -> str:
     if state.exists():
         done = json.loads(state.read_text())["done"]
         lines.append("sections: " + ", ".join(f"{name} {how}" for name, how in done.items()))
-    log = folder / "tests.txt"
-    if log.exists() and log.read_text().strip():
-        lines.append(f"tests: {log.read_text().strip().splitlines()[-1]}")
+    log = folder / "log.txt"
+    if log.exists():
+        ends = re.findall(
+            r"^.*\b(?:passed|failed|skipped)\b.* in [\d.]+s.*$", log.read_text(), re.M
+        )
+        lines += [f"tests: {ends[-1]}"] if ends else []
     times = [row for row in rows if row.median_ms is not None]
     for kind, title in (
         ("peak", "Measured peaks (what the shares are of)"),

@@ -148,7 +148,7 @@ def tune(device: Device, folder: Path, seconds: float) -> None:
         for path in sorted((Path(common.__file__).parent / "tuning").glob("*.json"))
         if json.loads(path.read_text())["capabilities"] == table["capabilities"]
     )
-    # What the calls ask for, before anything is launched: forked compilers and CUDA do not mix.
+    # What the calls ask for; nothing is launched yet, for the compilers are forked from here.
     wanted: dict[Key, tuple[Call, dict]] = {}
     for call in _plan(device.dry):
         asked: dict[Key, dict] = {}

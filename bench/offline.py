@@ -109,7 +109,7 @@ class Binary:
     @property
     def matrix_instructions(self) -> str:
         """The kind of tensor-core instruction in the code, or "": the widest of this device."""
-        for opcode in MATRIX.get(self.capability, ("HMMA",)):
+        for opcode in MATRIX.get(tuple(self.capability), ("HMMA",)):
             if self.count(opcode):
                 return opcode
         return ""

@@ -63,7 +63,9 @@ def pconv3x3_(x: Tensor, weight: Tensor) -> bool:
     Raises:
         RuntimeError: the launch failed.
     """
-    if x.dtype not in (torch.float16, torch.bfloat16) or x.stride(1) != 1:
+    if x.dtype not in (torch.float16, torch.bfloat16) or weight.dtype != x.dtype:
+        return False
+    if x.stride(1) != 1:
         return False
     if unavailable(x.device):
         return False

@@ -4,11 +4,13 @@ import os
 
 # Before torch is imported: waiting threads sleep, so a busy machine does not stall tiny calls.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-# Before triton is: the tests of its kernels interpret them, on CPU tensors.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Before triton is imported: the tests of its kernels interpret them, on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fasternet_kernels as fk
 

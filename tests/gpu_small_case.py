@@ -16,11 +16,14 @@ def main(dry: bool = False) -> None:
     device = Device(dry)
     for names in triton.FAMILIES.values():
         for name in names:
+            stage, side = (1, 4) if dry else (3, 5)
+            call = Call(name, "t0", stage, 2, "fp16", side=side)
             try:
-                args = Call(name, "t0", 4, 2, "fp16", side=5).arguments(device.kind)
+                args = call.arguments(device.kind)
             except ValueError:  # an op without a call of its own: on packs
                 continue
-            op(device, name)(*args)
+            if not (dry and name == "head"):  # 1000 classes
+                op(device, name)(*args)
     if not dry and not cuda.unavailable():
         x, weight = Call("pconv3x3_", "t0", 1, 3, "fp16", side=13).arguments(device.kind)
         assert cuda.pconv3x3_(x, weight)

@@ -46,13 +46,15 @@ def shapes():
     return [(name, stage, sides[stage]) for name in ("t0", "t2", "m", "l") for stage in sides]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"] if DRY else list(DTYPES))
+@pytest.mark.parametrize("dtype", ["fp16"] if DRY else list(DTYPES))
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("shape", shapes(), ids=str)
 def test_parity(name, dtype, shape):
     network, stage, side = shape
     if name == "head" and stage != 4 and not DRY:
         pytest.skip("a head stands after the last stage")
+    if DRY and name == "head":
+        pytest.skip("a dry run, and 1000 classes")
     args = Call(name, network, stage, 1 if DRY else 3, dtype, side=side).arguments(DEVICE.kind)
     compare(name, op(DEVICE, name), args)
 

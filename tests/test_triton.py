@@ -31,11 +31,11 @@ if torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
         "there is a GPU, whose tests are in test_gpu.py; these alone run with TRITON_INTERPRET=1",
         allow_module_level=True,
     )
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
 from triton.runtime.interpreter import interpreter_builder
 
 from fasternet_kernels import ops, reference
+from fasternet_kernels.selftest import allowed_errors, errors
 from fasternet_kernels.triton import FAMILIES, KERNELS, block, common, layout, pconv
 
 # Every stage's channels, few pixels.
@@ -88,10 +88,12 @@ def shuffled(monkeypatch):
 
 def fake(name, args):
     """What the op's fake gives, on meta tensors."""
-    meta = [a.to("meta") if isinstance(a, torch.Tensor) else a for a in args]
-    for before, after in zip(args, meta):
-        if isinstance(before, torch.Tensor):
-            assert before.stride() == after.stride() or before.numel() == 0
+    meta = [
+        torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+        if isinstance(a, torch.Tensor)
+        else a
+        for a in args
+    ]
     return getattr(torch.ops.fasternet_kernels, name)(*meta)
 
 
@@ -168,56 +170,74 @@ def test_stage_patch_conv(channels, dtype):
 # ---- Edges ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fmt", list(FORMATS))
 @pytest.mark.parametrize("case", EDGES, ids=lambda c: c.id)
-def test_edge(case, fmt, path):
-    x, w = image(case, torch.float16, FORMATS[fmt]), weights(case, torch.float16)
+def test_edge(case, path):
+    fmt = FORMATS["nhwc" if path == "fused" else "nchw"]
+    x, w = image(case, torch.float16, fmt), weights(case, torch.float16)
     check("block", *block_arguments(x, w, case.act, bare=path == "fused"))
     check("pconv_pw", *pw_arguments(x, w, case.act, bare=path == "split"))
     if path == "fused":
         check("pconv3x3", x, w["w_partial"])
         check_in_place(x, w["w_partial"])
+    else:
+        check_in_place(x[:, :, :4, :9], w["w_partial"])
 
 
+def check_special(name, got, broken, clean, *args):
+    """NaN and infinities stand where the float64 reference has them, and nothing else has moved:
+    the bar is eager's on the clean image, because eager's own products may spread them."""
+    plain = getattr(reference, name)
+    exact, clean_exact = plain(broken.double(), *double(args)), plain(clean.double(), *double(args))
+    assert torch.equal(got.isnan(), exact.isnan()) and torch.equal(got.isinf(), exact.isinf())
+    assert torch.equal(got[got.isinf()].sign(), exact[exact.isinf()].to(got.dtype).sign())
+    eager = errors(plain(clean, *args), clean_exact)
+    allowed = allowed_errors(clean_exact, got.dtype, [eager])
+    assert errors(got, exact).within(allowed), name
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("act", ACTS)
 def test_nan_and_infinity(act, path):
     case = Case(1, 40, 6, 7, act=act)
-    for dtype in (torch.float32, torch.float16):
-        x, w = image(case, dtype), weights(case, dtype)
-        # In a convolved and in an untouched channel, in the middle, on the border, in a corner.
-        for where, value in (
-            ((0, 3, 3, 3), float("nan")),
-            ((0, 9, 0, 6), float("inf")),
-            ((0, 10, 5, 0), float("-inf")),
-            ((0, 39, 2, 5), float("nan")),
-        ):
-            broken = x.clone()
-            broken[where] = value
-            check("block", *block_arguments(broken, w, act))
-            check("pconv_pw", *pw_arguments(broken, w, act))
-            if act == "relu" and path == "fused":
-                check("pconv3x3", broken, w["w_partial"])
-                check_in_place(broken, w["w_partial"])
+    x, w = image(case, torch.float16), weights(case, torch.float16)
+    # In convolved and in untouched channels, in the middle, on a border, in a corner.
+    for values in (
+        {(0, 3, 3, 3): "nan", (0, 10, 5, 0): "-inf"},
+        {(0, 9, 0, 6): "inf", (0, 39, 2, 2): "nan"},
+    ):
+        broken = x.clone()
+        for where, value in values.items():
+            broken[where] = float(value)
+        args = block_arguments(x, w, act)[1:]
+        check_special("block", KERNELS["block"](broken, *args), broken, x, *args)
+        args = pw_arguments(x, w, act)[1:]
+        check_special("pconv_pw", KERNELS["pconv_pw"](broken, *args), broken, x, *args)
+        if act == "relu" and path == "fused":
+            weight = w["w_partial"]
+            got = KERNELS["pconv3x3"](broken, weight)
+            check_special("pconv3x3", got, broken, x, weight)
+            in_place = broken.clone()
+            KERNELS["pconv3x3_"](in_place, weight)
+            check_special("pconv3x3", in_place, broken, x, weight)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
     "case",
     [
-        Case(1, 16, 19, 70, n_div=2),  # tiles in both directions, the last ones partly outside
-        Case(2, 12, 41, 6, n_div=4),  # tiles that span the width; three channels
-        Case(2, 20, 9, 130, n_div=2, extra=3),
+        Case(1, 16, 17, 40, n_div=2),  # tiles in both directions, the last ones partly outside
+        Case(2, 12, 33, 6, n_div=4),  # tiles that span the width; three channels
+        Case(1, 20, 9, 34, n_div=2, extra=3),
     ],
     ids=lambda c: c.id,
 )
 def test_in_place_in_any_order(case, dtype, shuffled):
-    for _ in range(2):
-        check_in_place(image(case, DTYPES[dtype]), weights(case, DTYPES[dtype])["w_partial"])
+    check_in_place(image(case, DTYPES[dtype]), weights(case, DTYPES[dtype])["w_partial"])
 
 
 def test_in_place_without_room_for_a_tile(monkeypatch):
     """More convolved channels than a program holds: through a copy of these channels."""
-    case = Case(1, 600, 3, 3, n_div=1)
+    case = Case(1, 260, 2, 3, n_div=1)
     launched = []
     original = common.launch
 
@@ -402,12 +422,12 @@ def test_every_op_has_a_kernel():
 
 def test_registration():
     """As in a torch with CUDA: every op gets its kernel under the CUDA key, float64 the reference,
-    and importing does not import triton."""
+    and the kernels are not imported before a call."""
     program = """
 import sys, torch
 torch.version.cuda = "13.0"
 import fasternet_kernels as fk
-assert "triton" not in sys.modules
+assert "fasternet_kernels.triton.common" not in sys.modules
 assert all(fk.library.has_kernel(op, "cuda") for ops in fk.triton.FAMILIES.values() for op in ops)
 x, w = torch.randn(2, 8, 3, 3).double(), torch.randn(2, 2, 3, 3).double()
 assert torch.equal(fk.triton._dispatch("pconv3x3")(x, w), fk.reference.pconv3x3(x, w))

@@ -42,6 +42,7 @@ from .common import (
     pixels,
     power_of_2,
     round_up,
+    rounded_act,
     vector,
     zero_pieces,
 )
@@ -392,7 +393,7 @@ def gemm(
         BLOCK_M=cfg["BLOCK_M"],
         BLOCK_N=cfg["BLOCK_N"],
         BLOCK_K=cfg["BLOCK_K"],
-        ACT=act,
+        ACT=rounded_act(act, w.dtype),
         PRECISION=dot_precision(w.dtype),
         num_warps=cfg["num_warps"],
         num_stages=cfg["num_stages"],
@@ -469,7 +470,7 @@ def pconv_pw_prepared(x, taps, w1, scale, shift, act: str) -> Tensor:
             scale=scale,
             shift=shift,
             a=a,
-            ACT=act,
+            ACT=rounded_act(act, w1.dtype),
         )
     return in_format_of(a, x)
 
@@ -500,7 +501,7 @@ def block_prepared(x, taps, w1, w2, scale, shift, layer_scale, sample_scale, act
             y=y,
             W2_STEP=w2.shape[1],
             N_WIDTHS=pieces(channels),
-            ACT=act,
+            ACT=rounded_act(act, w1.dtype),
         )
     return in_format_of(y, x)
 

@@ -173,7 +173,26 @@ def config(op: str, shape: tuple[int, ...], dtype: torch.dtype, on: Device) -> d
     return _nearest(op, shape, precision(dtype), on.capability)
 
 
+def rounded_act(act: str, dtype: torch.dtype) -> str:
+    """The activation that :func:`activation` shall compute for a result in ``dtype``."""
+    return "gelu_16" if act == "gelu" and dtype.itemsize == 2 else act
+
+
 # ---- Images as pixels ----------------------------------------------------------------------------
+
+
+def check_reach(x: Tensor) -> None:
+    """Refuses images whose pixels 32-bit offsets within a tile do not reach.
+
+    Raises:
+        ValueError: an image has 2^30 pixels or a row 2^31 elements, or more.
+    """
+    _, channels, height, width = x.shape
+    if height * width >= 2**30 or (width + 2**12) * max(channels, x.stride(3)) >= 2**31:
+        raise ValueError(
+            f"x has images of {height} x {width} pixels of {channels} channels, expected less than "
+            "2^30 pixels an image and 2^31 elements a row"
+        )
 
 
 def pixel_step(x: Tensor) -> int | None:
@@ -181,19 +200,14 @@ def pixel_step(x: Tensor) -> int | None:
     channels of a wider one; None if ``x`` lies in memory in another way.
 
     Raises:
-        ValueError: an image has more pixels, or a row more elements, than the kernels' 32-bit
-            offsets within a tile reach.
+        ValueError: as :func:`check_reach`.
     """
+    check_reach(x)
     batch, channels, height, width = x.shape
     strides = ((width, x.stride(3), 1), (height, x.stride(2), width))
     strides += ((batch, x.stride(0), height * width),)
     step = next((stride // inner for size, stride, inner in strides if size > 1), channels)
     expected = (step * height * width, 1, step * width, step)
-    if height * width >= 2**30 or (width + 2**12) * max(step, channels) >= 2**31:
-        raise ValueError(
-            f"x has images of {height} x {width} pixels of {channels} channels, expected less than "
-            "2^30 pixels an image and 2^31 elements a row"
-        )
     if step < channels or any(
         size > 1 and a != b for size, a, b in zip(x.shape, x.stride(), expected)
     ):
@@ -285,6 +299,24 @@ def activation(x, ACT: tl.constexpr):
         x = tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif ACT == "gelu":
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACT == "gelu_16":
+        # For results of 16 bits: x * erf by an odd polynomial of 9 terms that reaches 1 at 4.4, off
+        # by at most 3.7e-5, fitted by least squares with weights raised where the error is largest.
+        # 16 instructions and none of the special functions, whose unit bounds erf at small widths.
+        t = tl.minimum(tl.maximum(x, -4.4), 4.4)
+        u = t * t
+        p = 7.141213315131623e-11
+        p = p * u - 7.509986410525471e-09
+        p = p * u + 3.4823207784029364e-07
+        p = p * u - 9.450844117964152e-06
+        p = p * u + 0.00016859731113072485
+        p = p * u - 0.0021100512240082026
+        p = p * u + 0.019286267459392548
+        p = p * u - 0.13215318322181702
+        p = p * u + 0.7975233793258667
+        p = tl.minimum(tl.maximum(p * t, -1.0), 1.0)
+        h = 0.5 * x
+        x = h * p + h
     elif ACT == "gelu_tanh":
         # (1 + tanh(t)) / 2 = 1 / (1 + exp(-2 t))
         t = 1.5957691216057308 * (x + 0.044715 * x * x * x)

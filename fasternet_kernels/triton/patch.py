@@ -19,7 +19,16 @@ from torch import Tensor
 
 from ..reference import dense
 from .block import epilogue, gemm, matrix, weight_tile
-from .common import cdiv, config, device, dot_precision, in_format_of, launch, power_of_2
+from .common import (
+    cdiv,
+    check_reach,
+    config,
+    device,
+    dot_precision,
+    in_format_of,
+    launch,
+    power_of_2,
+)
 from .layout import channels_inside
 
 
@@ -58,7 +67,8 @@ def patch_kernel(
     dtype = w.dtype.element_ty
     q = (first % (OH * OW)).to(tl.int32) + rows
     image = first // (OH * OW) + q // (OH * OW)
-    patch = image * X_IMAGE + (q // OW % OH).to(tl.int64) * (KH * X_ROW) + q % OW * (KW * X_COLUMN)
+    patch = image * X_IMAGE + (q // OW % OH).to(tl.int64) * (KH * X_ROW)
+    patch += (q % OW).to(tl.int64) * (KW * X_COLUMN)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if GATHER:
         for k0 in range(0, C * KH * KW, BLOCK_K):
@@ -95,6 +105,7 @@ def patch_conv_prepared(
     """The patch convolution with a weight as rows in the order of :func:`channels_inside`."""
     batch, channels, height, width = x.shape
     c_out, out_height, out_width = rows.shape[0], height // kh, width // kw
+    check_reach(x)
     gather = not channels_inside(channels)
     source = x if gather else dense(x, torch.channels_last)
     shape = (batch, c_out, out_height, out_width)
