@@ -653,6 +653,8 @@ def _weight_gradient(
         dmean, dm2, mean = vectors(dmean, dm2, mean)
     bn = vectors(*bn)
     rows, (block_m, most) = rows_of(g), WEIGHT_TILES[precision(weight.dtype)]
+    if operand in ("taps", "patches"):  # whose addresses take registers
+        most = 64
     block_n, block_k = block(n, most), block(k, most)
     block_m = max(block_m, 1024 // block_n)  # or a thread has less than 16 bytes to load
     blocks = cdiv(n, block_n), cdiv(k, block_k)
