@@ -1018,7 +1018,7 @@ def act_pw_residual_backward(
         # Nobody trains it: a plain product of the gradient and the branch will do.
         branch = empty_image(grad, grad.shape[1], torch.float32)
         project(branch, None, z, mean, scale, shift, w_pw2, layer_scale, None, act)
-        dsample = branch.mul_(grad).sum((1, 2, 3)).to(sample_scale.dtype)
+        dsample = branch.mul_(grad).sum((1, 2, 3), dtype=torch.float64).to(sample_scale.dtype)
     if need_pw2 or need_layer:
         (sample,) = vectors(sample_scale)
         dw_pw2, dlayer = _weight_gradient(
