@@ -222,6 +222,8 @@ def stages():
 def test_stages(case, dtype):
     """Every kernel at every stage's channels of T0 to L."""
     calls = arguments(case, DTYPES[dtype])
+    # Not dsample_scale: two or three numbers, of one cancelled sum each, are too few to judge by.
+    calls["act_pw_residual_backward"] = (calls["act_pw_residual_backward"][0], 6)
     for name in SINGLE:
         check(name, calls[name])
 
@@ -238,6 +240,8 @@ def test_shipped_tiles(channels, dtype, shipped_tiles):
     """Several blocks of channels; both places where the partial convolution runs; from 256 channels
     on the gradient of z in memory."""
     calls = arguments(Case(3, channels, 3, 2), DTYPES[dtype])
+    # Not dsample_scale: two or three numbers, of one cancelled sum each, are too few to judge by.
+    calls["act_pw_residual_backward"] = (calls["act_pw_residual_backward"][0], 6)
     for name in SINGLE:
         check(name, calls[name])
 
