@@ -1,8 +1,8 @@
 """Triton kernels behind the ops on CUDA devices, one file per kernel family.
 
 :func:`register` puts them under the CUDA dispatch key of the ops of :mod:`fasternet_kernels.ops`,
-whose schemas, fakes and autograd formulas serve every device. Importing this package does not
-import triton: a family's file is imported when one of its ops is first called.
+whose schemas, fakes and autograd formulas serve every device. Importing this package needs no
+triton: a family's file is imported when one of its ops is first called.
 
 ``KERNELS`` maps an op's name to a function with exactly the op's arguments. It takes CUDA tensors;
 CPU tensors where ``TRITON_INTERPRET=1`` was set before triton was imported; meta tensors inside
