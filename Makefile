@@ -30,11 +30,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 BUILD_PACKAGES := 'setuptools>=77' 'pybind11>=2.13'
 DEMO_PACKAGES := matplotlib pillow safetensors scikit-learn tqdm
 # Triton's interpreter, which runs the GPU kernels in the tests, does not know numpy 2.4 yet.
-TEST_PACKAGES := $(DEMO_PACKAGES) 'pytest>=8' huggingface_hub pyyaml 'numpy<2.4'
+TEST_PACKAGES := $(DEMO_PACKAGES) 'pytest>=8' pytest-xdist huggingface_hub pyyaml 'numpy<2.4'
 TRITON := triton==3.6.0
 TEST_PACKAGES_NO_DEPS := timm==1.0.30 torchvision==0.28.0
 BENCH_PACKAGES := matplotlib MNN onnx onnxruntime openvino tqdm huggingface_hub pyyaml safetensors
 DOCS_PACKAGES := 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0'
+WORKERS := -n $(JOBS) --dist worksteal  # of pytest
 LINT_PACKAGES := ruff==0.17.6 clang-format==23.1.5
 
 CPP_BUILD := build/cpp
@@ -62,10 +63,10 @@ demo: $(VENV)/stamp-build $(VENV)/stamp-demo
 	$(BIN)/fasternet-kernels demo $(ARGS)
 
 test: test-cpp $(VENV)/stamp-build $(VENV)/stamp-test
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(ARGS)
 
 test-all: test-cpp $(VENV)/stamp-build $(VENV)/stamp-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 test-cpp: $(VENV)/stamp-cmake
 	cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTERNET_BUILD_TESTS=ON

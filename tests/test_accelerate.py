@@ -136,6 +136,7 @@ def test_fast_tier(name, threads):
             assert torch.equal(fast(small), default(small))
         several = image(3, 224, 224)
         assert torch.equal(fast(several[1:2]), fast(several)[1:2])
+        logits = fast(x)
         threads(1)
         assert torch.equal(fast(x), logits)
     assert torch.equal(fast(small), default(small))  # with gradients on
