@@ -35,7 +35,7 @@ TRITON := triton==3.6.0
 TEST_PACKAGES_NO_DEPS := timm==1.0.30 torchvision==0.28.0
 BENCH_PACKAGES := matplotlib MNN onnx onnxruntime openvino tqdm huggingface_hub pyyaml safetensors
 DOCS_PACKAGES := 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0'
-WORKERS := -n $(JOBS) --dist worksteal  # of pytest
+WORKERS = -n $(JOBS) --dist worksteal
 LINT_PACKAGES := ruff==0.17.6 clang-format==23.1.5
 
 CPP_BUILD := build/cpp
