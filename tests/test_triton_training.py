@@ -149,6 +149,11 @@ def in_order_statistics(z):
     return mean, m2
 
 
+def in_order(rows):
+    """The sum of the rows, one after another; cumsum would add floats in double."""
+    return functools.reduce(torch.add, rows, torch.zeros_like(rows[0]))
+
+
 def in_order_sums(op, args):
     """(dmean, dscale, dshift) of dz's ops in float32, one pixel after another."""
     grad, z, mean, scale, shift, *rest, act = args
@@ -162,7 +167,7 @@ def in_order_sums(op, args):
     t = centred * scale[:, None, None] + shift[:, None, None]
     dt = reference.act_backward(da, t, act)
     dscale, dshift = (
-        terms.permute(0, 2, 3, 1).flatten(0, 2).cumsum(0)[-1] for terms in (dt * centred, dt)
+        in_order(terms.permute(0, 2, 3, 1).flatten(0, 2)) for terms in (dt * centred, dt)
     )
     return -scale * dshift, dscale, dshift
 
@@ -174,7 +179,7 @@ def in_order_dsample(op, call):
         branch = reference.block(*args[:-2], None, args[-1]) - args[0]
     else:
         branch = reference.act_pw_residual(torch.zeros_like(grad), *args[:-2], None, args[-1])
-    return (grad * branch).float().flatten(1).cumsum(1)[:, -1]
+    return in_order((grad * branch).float().flatten(1).t())
 
 
 def check(name, call):
@@ -222,8 +227,6 @@ def stages():
 def test_stages(case, dtype):
     """Every kernel at every stage's channels of T0 to L."""
     calls = arguments(case, DTYPES[dtype])
-    # Not dsample_scale: two or three numbers, of one cancelled sum each, are too few to judge by.
-    calls["act_pw_residual_backward"] = (calls["act_pw_residual_backward"][0], 6)
     for name in SINGLE:
         check(name, calls[name])
 
@@ -240,8 +243,6 @@ def test_shipped_tiles(channels, dtype, shipped_tiles):
     """Several blocks of channels; both places where the partial convolution runs; from 256 channels
     on the gradient of z in memory."""
     calls = arguments(Case(3, channels, 3, 2), DTYPES[dtype])
-    # Not dsample_scale: two or three numbers, of one cancelled sum each, are too few to judge by.
-    calls["act_pw_residual_backward"] = (calls["act_pw_residual_backward"][0], 6)
     for name in SINGLE:
         check(name, calls[name])
 
@@ -251,6 +252,8 @@ def test_shipped_tiles(channels, dtype, shipped_tiles):
 )
 def test_edges(case):
     calls = arguments(case, torch.float32)
+    if case.batch == 1:  # dsample_scale is then one number: too few to judge by
+        calls["act_pw_residual_backward"] = (calls["act_pw_residual_backward"][0], 6)
     for name in SINGLE:
         if case.batch or name != "pw_stats":
             check(name, calls[name])
