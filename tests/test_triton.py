@@ -36,7 +36,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from fasternet_kernels import ops, reference
 from fasternet_kernels.selftest import allowed_errors, errors
-from fasternet_kernels.triton import FAMILIES, KERNELS, block, common, layout, pconv
+from fasternet_kernels.triton import FAMILIES, KERNELS, block, common, layout, patch, pconv
 
 # Every stage's channels, few pixels.
 STAGES = [
@@ -57,12 +57,12 @@ def path(request):
 @pytest.fixture
 def large_tiles(monkeypatch):
     """Tiles as no GPU could have them, where the shipped ones make the interpreter slow."""
-    for module in (pconv, block):
+    for module in (pconv, block, patch):
         original = module.config
 
         def config(op, shape, *args, original=original):
             found = original(op, shape, *args)
-            if op in ("pconv", "gemm") and shape[0] >= 64:
+            if op in ("pconv", "gemm", "patch_conv") and shape[0] >= 64:
                 found = found | {"BLOCK_N": 512, "BLOCK_K": 128}
             return found
 
@@ -155,10 +155,11 @@ def test_stage(case, dtype, path):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("channels", [3, *sorted({c.channels for c in STAGES if c.height == 3})])
+@pytest.mark.parametrize(
+    "channels", [3, *sorted({w << i for w in NETWORKS.values() for i in range(3)})]
+)
+@pytest.mark.usefixtures("large_tiles")
 def test_stage_patch_conv(channels, dtype):
-    if channels > 768:
-        pytest.skip("no merging layer stands behind so many channels")
     side, c_out = (4, 40) if channels == 3 else (2, 2 * channels)
     x = randn(1, channels, 2 * side + 1, 3 * side, seed=1, dtype=DTYPES[dtype])
     x = x.to(memory_format=torch.channels_last)
