@@ -8,7 +8,8 @@
 # make count-arm  the instructions of one FasterNet-T0 forward on AArch64, appended to bench/results/arm/
 # make cuda       csrc/cuda with nvcc, for what Triton cannot say; the rest works without
 # make gpu        all there is to do on a machine with a CUDA GPU: tests, tuning, benchmarks; nothing is downloaded
-# make lint       style checks                 make format     style fixes                make clean
+# make docs       the website, in build/site   make lint       style checks
+# make format     style fixes                  make clean
 #
 # Variables: PYTHON (interpreter that creates .venv), ARGS (options of `fasternet-kernels demo`, pytest or `python -m bench`), and TORCH:
 # what pip installs where .venv has no torch of 2.10 or newer. pip's default may be a build for CUDA of several GB. For
@@ -29,10 +30,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 BUILD_PACKAGES := 'setuptools>=77' 'pybind11>=2.13'
 DEMO_PACKAGES := matplotlib pillow safetensors scikit-learn tqdm
 # Triton's interpreter, which runs the GPU kernels in the tests, does not know numpy 2.4 yet.
-TEST_PACKAGES := $(DEMO_PACKAGES) 'pytest>=8' huggingface_hub pyyaml 'numpy<2.4'
+TEST_PACKAGES := $(DEMO_PACKAGES) 'pytest>=8' pytest-xdist huggingface_hub pyyaml 'numpy<2.4'
 TRITON := triton==3.6.0
 TEST_PACKAGES_NO_DEPS := timm==1.0.30 torchvision==0.28.0
 BENCH_PACKAGES := matplotlib MNN onnx onnxruntime openvino tqdm huggingface_hub pyyaml safetensors
+DOCS_PACKAGES := 'mkdocs-material>=9.6' 'mkdocstrings[python]>=1.0'
+WORKERS = -n $(JOBS) --dist worksteal
 LINT_PACKAGES := ruff==0.17.6 clang-format==23.1.5
 
 CPP_BUILD := build/cpp
@@ -54,16 +57,16 @@ CPP_SOURCES = $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.
 SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 
 .NOTPARALLEL:  # with -j, several pips would write to .venv at once; what builds and tests is parallel by itself
-.PHONY: demo test test-all test-cpp test-arm count-arm arm-tools bench cuda gpu lint format clean
+.PHONY: demo test test-all test-cpp test-arm count-arm arm-tools bench cuda gpu docs lint format clean
 
 demo: $(VENV)/stamp-build $(VENV)/stamp-demo
 	$(BIN)/fasternet-kernels demo $(ARGS)
 
 test: test-cpp $(VENV)/stamp-build $(VENV)/stamp-test
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(ARGS)
 
 test-all: test-cpp $(VENV)/stamp-build $(VENV)/stamp-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 test-cpp: $(VENV)/stamp-cmake
 	cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTERNET_BUILD_TESTS=ON
@@ -79,6 +82,10 @@ gpu:
 
 cuda:
 	$(NVCC) $(NVCC_FLAGS) $(CUDA_TARGETS) -shared csrc/cuda/pconv3x3_inplace.cu -o $(CUDA_LIBRARY)
+
+# Reads sources and docstrings only: needs neither torch nor a build.
+docs: $(VENV)/stamp-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The same tests as test-cpp, run on an emulator.
 test-arm: arm-tools $(ARM_BUILD)/CMakeCache.txt
@@ -157,6 +164,10 @@ $(VENV)/stamp-test: $(VENV)/stamp-torch Makefile
 $(VENV)/stamp-bench: $(VENV)/stamp-torch
 	$(PIP) $(BENCH_PACKAGES)
 	$(PIP) --no-deps $(TEST_PACKAGES_NO_DEPS)
+	touch $@
+
+$(VENV)/stamp-docs: $(VENV)/stamp-python Makefile
+	$(PIP) $(DOCS_PACKAGES)
 	touch $@
 
 $(VENV)/stamp-lint: $(VENV)/stamp-python Makefile

@@ -1,14 +1,18 @@
 """Measures this library against other runtimes, on this machine.
 
     python -m bench                 the rows that the goals are about, then the goals: 20 minutes
-    python -m bench networks        whole networks; also blocks (chains of them), operators
+    python -m bench networks        FasterNet beside the networks of other papers: 15 minutes
+    python -m bench operators       the paper's table of operators, ten layers each: 10 minutes
+    python -m bench blocks          chains of blocks, each stage of each network
+    python -m bench training        a training step of T0 and S, and its goals: 5 minutes
+    python -m bench roofline        least times of the GPU kernels, computed, without a GPU
     python -m bench report          the goals, from the CSV
     python -m bench plot            charts, from the CSV
-    python -m bench readme          README's tables, from the newest CSV
-    python -m bench roofline        least times of the GPU kernels, computed, without a GPU
+    python -m bench readme          the tables of README and docs/, from the newest CSV
 
 Rows are appended to bench/results/<device>.csv as they come. Cut off? `--resume` goes on where the
 last run ended. Filters: --only t0,s --providers ours,mnn --threads 1 --batch 1 --mode latency.
+`operators --only pconv3x3` finds single operators of each stage too.
 Tables compare rows of one session only; trials belong elsewhere, --csv trial.csv. Close everything
 else first: what another process takes, some provider loses.
 """
@@ -22,13 +26,17 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import plot, report, results, session, workloads
+from bench import pages, plot, report, results, session, workloads, zoo
 from bench.providers import PROVIDERS
 from bench.session import Pool, Spec
 
 __all__ = ["main", "specs"]
 
 KINDS = {"networks": "network", "blocks": "chain", "operators": "operator"}
+OURS = tuple(name for name in PROVIDERS if name.startswith("ours"))
+# For networks of several papers: every network on its own best runtime, FasterNet here as well.
+COMPARED = ("eager_channels_last", "onnxruntime", "openvino", "ours")
+RIVALS_PER_SESSION = 4  # beside one FasterNet: what a cut may lose, against what it costs to ready
 THREADS = (1, 2, 4, 8, 16)
 BUSY = 0.15  # processors: more than a quiet system's own housekeeping
 
@@ -40,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if args.command == "report":
             print(report.text(results.read(path)))
+        elif args.command == "training":
+            _measure_training(args, path)
         elif args.command == "plot":
             for file in plot.draw(results.read(path), args.out or path.with_suffix("")):
                 print(file)
@@ -47,12 +57,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             _roofline(args)
         elif args.command == "readme":
             newest = args.csv or results.newest_file() or path
-            report.update_readme(results.read(newest), args.out or results.ROOT / "README.md")
+            pages.update(results.read(newest), args.out or results.ROOT)
         else:
             _measure(args, path)
     except (ImportError, OSError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nbench: cut off; what was measured is kept, --resume goes on", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -75,10 +88,10 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         default="goals",
-        choices=["goals", *KINDS, "report", "plot", "readme", "roofline"],
+        choices=["goals", *KINDS, "training", "report", "plot", "readme", "roofline"],
     )
     parser.add_argument("--csv", type=Path, help="results; by default those of this device")
-    parser.add_argument("--out", type=Path, help="folder of charts, or file of the tables")
+    parser.add_argument("--out", type=Path, help="folder of charts, or of README.md and docs/")
     parser.add_argument(
         "--only", type=words, help="workloads that contain one of these words, such as t0,stage1"
     )
@@ -129,9 +142,14 @@ def specs(args: argparse.Namespace) -> list[Spec]:
             raise ValueError(f"no provider {name!r}; there are {', '.join(PROVIDERS)}")
     if args.command == "goals":
         found = _goal_specs(args)
+    elif args.command == "networks" and args.dtype == "fp32":
+        found = _network_specs(args)
+    elif args.command == "operators":
+        found = _layer_specs(args)
+        if args.only:
+            found += _kind_specs(args, "operator", (*workloads.EAGER, *OURS))
     else:
-        batches = (1, 16) if args.command == "networks" else (1,)
-        found = _kind_specs(args, KINDS[args.command], batches=batches)
+        found = _kind_specs(args, KINDS[args.command])
     found = [spec for spec in found if any(spec.contenders())]
     if not found:
         raise ValueError("the filters leave nothing to measure")
@@ -158,6 +176,39 @@ def _selected(args: argparse.Namespace, kind: str) -> list[str]:
     return names
 
 
+def _network_specs(args: argparse.Namespace) -> list[Spec]:
+    """Each FasterNet with the networks of other papers that are compared with it."""
+    selected = _selected(args, "network")
+    providers = args.providers or COMPARED
+    found = []
+    for size in workloads.NETWORKS:
+        ours = [name for name in (f"fasternet_{size}",) if name in selected]
+        rivals = [s.name for s in zoo.SYSTEMS if s.beside == size and s.name in selected]
+        count = -(-len(rivals) // RIVALS_PER_SESSION)
+        for part in [rivals[i::count] for i in range(count)] or [[]]:
+            for batch in args.batch or (1,):
+                for threads in _threads(args):
+                    mode = args.mode or "latency"
+                    if mode == "latency" or threads > 1:
+                        found.append(Spec((*ours, *part), tuple(providers), batch, threads, mode))
+    return [spec for spec in found if spec.workloads]
+
+
+def _layer_specs(args: argparse.Namespace) -> list[Spec]:
+    """The paper's table: all operators at one feature map side by side, on one thread and all."""
+    selected = _selected(args, "layers")
+    providers = args.providers or [
+        p for p in PROVIDERS if any(p in (workloads.find(n).providers or ()) for n in selected)
+    ]
+    found = []
+    for channels, side in workloads.MAPS:
+        names = tuple(name for name in selected if name.endswith(f"_{channels}x{side}"))
+        for threads in args.threads or sorted({1, _processors()}):
+            if names:
+                found.append(Spec(names, tuple(providers), 1, threads))
+    return found
+
+
 def _kind_specs(
     args: argparse.Namespace,
     kind: str,
@@ -166,12 +217,12 @@ def _kind_specs(
     threads: Sequence[int] | None = None,
     modes: Sequence[str] = ("latency", "streams"),
 ) -> list[Spec]:
-    """Every workload of a kind, as the filters leave them; what follows `kind` are defaults."""
+    """Every workload of a kind that is ours, as the filters leave them; what follows `kind` are
+    defaults."""
     names = _selected(args, kind)
-    if args.providers:
-        providers = args.providers
-    elif kind == "operator":  # the other runtimes run networks; eager PyTorch runs operators
-        providers = [p for p in providers if p.startswith(("eager", "ours"))]
+    if kind == "network":
+        names = [n for n in names if n.startswith("fasternet") or n == "mobilenetv2_100"]
+    providers = args.providers or providers
     dtypes = ("fp32",) if args.dtype == "fp32" else ("fp32", "bf16")
     if args.dtype == "bf16":
         providers = [p for p in providers if "bf16" in PROVIDERS[p].dtypes]
@@ -198,14 +249,13 @@ def _goal_specs(args: argparse.Namespace) -> list[Spec]:
     """The rows that the goals are about: networks at batch 1 with everybody, at batch 16 without
     eager PyTorch, and chains for their share of the peak alone."""
     compiled = [name for name in PROVIDERS if not name.startswith("eager")]
-    ours = [name for name in PROVIDERS if name.startswith("ours")]
     found = []
     for batch, providers in ((1, tuple(PROVIDERS)), (16, compiled)):
         if not args.batch or batch in args.batch:
             only = argparse.Namespace(**{**vars(args), "batch": (batch,)})
             found += _kind_specs(only, "network", providers, modes=["latency"])
     if args.mode != "streams":
-        found += _kind_specs(args, "chain", ours, threads=args.threads or (1,))
+        found += _kind_specs(args, "chain", OURS, threads=args.threads or (1,))
     return found
 
 
@@ -242,6 +292,18 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
             tqdm.write(report.session_text(spec.title, rows))
     if args.command == "goals":
         print(report.text([row for row in results.read(path) if row.run == run]))
+
+
+def _measure_training(args: argparse.Namespace, path: Path) -> None:
+    from bench import training
+
+    run = results.now()
+    work = [w for w in training.WORK if not args.only or w[0] in args.only]
+    providers = args.providers or tuple(training.LABELS)
+    for threads in args.threads or (None,):
+        for measured in training.measure(path, run, work, providers, threads, quick=args.quick):
+            print(training.session_text(*measured), flush=True)
+    print(report.text([row for row in results.read(path) if row.run == run]))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import inspect
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -154,10 +153,14 @@ def _ours_fast(task: Task) -> Call:
 
 
 def _packed_ops(module, **options: bool) -> Callable:
-    """The library's ops for a chain of blocks or a single operator, weights folded and packed."""
+    """The library's ops for a chain of blocks, a single operator or several layers of one, weights
+    folded and packed.
+    """
     import torch
     from torch import nn
 
+    import fasternet_kernels as fk
+    from bench import workloads
     from fasternet_kernels import models
     from fasternet_kernels.modules import act_name
 
@@ -169,13 +172,19 @@ def _packed_ops(module, **options: bool) -> Callable:
         shifts = [
             None if layer.bias is None else layer.bias.detach().to(vector) for layer in layers
         ]
-        return ops.pack([layer.weight.detach() for layer in layers], [None] * len(layers), shifts)
+        weights = [layer.weight.detach() for layer in layers]
+        return ops.pack(weights, [None] * len(layers), shifts, **options)
 
+    if isinstance(module, workloads.Layers):
+        return _in_turn([_packed_ops(layer, **options) for layer in module])
     folded = models.fold_batch_norm(module.float())
     for layer in folded.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             layer.weight.data = layer.weight.data.to(dtype)  # shifts stay in float32, as ours do
 
+    if isinstance(folded, workloads.Slicing) and not folded.clone:
+        weight = folded.partial_conv3.weight.detach()
+        return lambda x: fk.pconv3x3_(x, weight)
     if isinstance(folded, models.PartialConv):
         weight = folded.partial_conv3.weight.detach()
         return lambda x: ops.pconv3x3.default(x, weight, **options)
@@ -193,20 +202,23 @@ def _packed_ops(module, **options: bool) -> Callable:
         return lambda x: ops.pconv_pw_packed.default(
             x, packed, partial.dim_conv, conv.out_channels, act, **options
         )
-    blocks = []
-    for block in folded:
+
+    def packed_block(block):
         pw1, _, act, pw2 = block.mlp
         packed = pack(block.spatial_mixing.partial_conv3, pw1, pw2)
-        blocks.append(
-            (packed, block.spatial_mixing.dim_conv, pw1.out_channels, None, act_name(act))
-        )
+        arguments = packed, block.spatial_mixing.dim_conv, pw1.out_channels, None, act_name(act)
+        return lambda x: ops.block_packed.default(x, *arguments, **options)
 
-    def chain(x):
-        for arguments in blocks:
-            x = ops.block_packed.default(x, *arguments, **options)
+    return _in_turn([packed_block(block) for block in folded])
+
+
+def _in_turn(calls: list[Callable]) -> Callable:
+    def run(x):
+        for call in calls:
+            x = call(x)
         return x
 
-    return chain
+    return run
 
 
 def _torch_task(task: Task):
@@ -340,9 +352,4 @@ def available(name: str) -> str:
             if importlib.util.find_spec(package) is not None:
                 continue
         return f"{package} is not installed"
-    if name == "ours_fast":
-        import fasternet_kernels as fk
-
-        if "fast" not in inspect.signature(fk.accelerate).parameters:
-            return "this version of the package has no fast tier"
     return ""

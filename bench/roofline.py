@@ -14,7 +14,7 @@ For each kernel that an op launches at a stage, the least time by each of four b
     matrix       FLOPs on the tensor cores
 
 The largest is the bound that the kernel runs into. Registers, shared memory and spills are the
-compiler's, from the binary. The table goes to bench/results/gpu-roofline-h100.csv.
+compiler's, from the binary. The table goes to bench/results/gpu/roofline-h100.csv.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from fasternet_kernels.triton import common
 __all__ = ["COMPUTED", "H100", "OPS", "PATH", "Row", "rows", "text", "write"]
 
 OPS = ("block", "pconv_pw", "pconv3x3", "pconv3x3_", "patch_conv", "pw_stats", "act_pw_residual")
-PATH = results.RESULTS / "gpu-roofline-h100.csv"
+PATH = results.RESULTS / "gpu" / "roofline-h100.csv"  # beside the measurements, not among them
 COMPUTED = "computed, not measured"
 CAPABILITY = (9, 0)
 

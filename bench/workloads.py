@@ -1,4 +1,4 @@
-"""What is computed: whole networks, chains of blocks, single operators.
+"""What is computed: whole networks, chains of blocks, single operators, ten layers of one operator.
 
 Every workload is a plain eager module with random weights, the same ones in every process, under
 which each layer matters to the answer. FLOPs are those of the direct method, two for a
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import zlib
 from collections.abc import Callable
@@ -18,16 +17,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench import published, zoo
 from fasternet_kernels import models
 
-__all__ = ["DTYPES", "NETWORKS", "Workload", "all_workloads", "find", "images"]
+__all__ = [
+    "DTYPES",
+    "LAYERS",
+    "MAPS",
+    "NETWORKS",
+    "Layers",
+    "Slicing",
+    "Workload",
+    "all_workloads",
+    "find",
+    "images",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NETWORKS = {"t0": 40, "t1": 64, "t2": 96, "s": 128, "m": 144, "l": 192}  # channels of stage 1
 OWN_ACT = dict.fromkeys(NETWORKS, "relu") | {"t0": "gelu", "t1": "gelu"}
 IMAGE_SIZE = 224
+# Who can run what: the library knows its own networks only, and BatchNorm is folded by those that
+# read an exported network themselves.
+EAGER = ("eager_nchw", "eager_channels_last")
+ONNX_READERS = ("onnxruntime", "openvino", "mnn")
+NOT_OURS = (*EAGER, "torch_compile", *ONNX_READERS)
 CHAIN_BLOCKS = 4  # weights of their own each: a single block's would stay in a cache
 STAGES = 4
+LAYERS = 10  # of one operator, as in Table 1 of arXiv 2303.03667
+MAPS = ((96, 56), (192, 28), (384, 14), (768, 7))  # channels, pixels on a side
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +54,13 @@ class Workload:
 
     Attributes:
         name: unique, and the seed of weights and images.
-        kind: "network", "chain" or "operator".
+        kind: "network", "chain", "operator" or "layers".
         shape: of one image: (C, H, W).
         act: of the blocks, or "".
         make: builds the module, untrained.
+        providers: who can run it; None means everybody.
+        foldable: whether `models.fold_batch_norm` knows its structure.
+        gmacs: published multiply-adds of one image in 1e9, an estimate without building it.
     """
 
     name: str
@@ -47,6 +68,9 @@ class Workload:
     shape: tuple[int, int, int]
     act: str
     make: Callable[[], nn.Module]
+    providers: tuple[str, ...] | None = None
+    foldable: bool = True
+    gmacs: float | None = None
 
     def build(self) -> nn.Module:
         """The module in eval mode, with the same random weights in every process."""
@@ -63,12 +87,13 @@ class Workload:
     @functools.cached_property
     def _cost(self) -> tuple[int, int, int]:
         """(FLOPs of one image, elements of weights, elements that one image's maps have)."""
-        with torch.device("meta"):
-            module = self.make().eval()
-            x = torch.empty(1, *self.shape)
+        # What others wrote may compute with numbers while it is built, which meta tensors refuse.
+        with torch.device("meta" if self.foldable else "cpu"):
+            module = self.make().eval().to("meta")
+        x = torch.empty(1, *self.shape, device="meta")
         maps = 0
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            for part in module if self.kind == "chain" else [module]:
+            for part in module if self.kind in ("chain", "layers") else [module]:
                 maps += x.numel()
                 x = part(x)
                 maps += x.numel()
@@ -78,9 +103,14 @@ class Workload:
         """FLOPs of one call: direct method, two for a multiply-add, convolutions and GEMMs only."""
         return self._cost[0] * batch
 
+    def about_flops(self, batch: int) -> float:
+        """The same, where published as published: an estimate that builds no large network."""
+        return self.flops(batch) if self.gmacs is None else 2e9 * self.gmacs * batch
+
     def traffic(self, batch: int) -> int | None:
-        """Elements that one call has to move: weights once, and of an operator or of each block of
-        a chain what comes in and what goes out. None for a network, whose maps may stay in caches.
+        """Elements that one call has to move: weights once, and of an operator, of each block of a
+        chain or of each layer what comes in and what goes out. None for a network, whose maps may
+        stay in caches.
         """
         _, weights, maps = self._cost
         return None if self.kind == "network" else weights + maps * batch
@@ -112,7 +142,7 @@ def find(name: str) -> Workload:
 @functools.cache
 def all_workloads() -> dict[str, Workload]:
     """name -> workload, of every kind."""
-    found = [*_networks(), *_chains(), *_operators()]
+    found = [*_networks(), *_chains(), *_operators(), *_layers()]
     return {workload.name: workload for workload in found}
 
 
@@ -128,13 +158,29 @@ def _networks() -> list[Workload]:
         )
         for name in NETWORKS
     ]
-    return [*ours, Workload("mobilenetv2_100", "network", image, "relu6", _mobilenet)]
+    figures = published.read()
+    others = [
+        Workload(
+            system.name,
+            "network",
+            (3, system.size, system.size),
+            "",
+            system.make,
+            ONNX_READERS,
+            foldable=False,
+            gmacs=figures.number(system.name, "gmacs"),
+        )
+        for system in zoo.SYSTEMS
+        if system.name != "mobilenetv2_100"
+    ]
+    mobilenet = Workload("mobilenetv2_100", "network", image, "relu6", _mobilenet, NOT_OURS)
+    return [*ours, mobilenet, *others]
 
 
 def _mobilenet() -> nn.Module:
     """timm's MobileNetV2, each BatchNorm behind its convolution and apart from the activation that
     timm computes in the same module, so that it can be folded."""
-    timm = _import_timm()
+    timm = zoo.import_timm()
     model = timm.create_model("mobilenetv2_100", pretrained=False)
     for parent in list(model.modules()):
         pairs = itertools.pairwise(list(parent.named_children()))
@@ -144,27 +190,6 @@ def _mobilenet() -> nn.Module:
                 setattr(parent, conv_name, nn.Sequential(conv, plain))
                 setattr(parent, norm_name, norm.act)
     return model
-
-
-def _import_timm():
-    """The module timm, imported without torchvision's compiled operators.
-
-    timm imports torchvision, which registers fakes for operators that its own library defines.
-    Where that library does not fit the installed build of torch, as with many CPU builds, those
-    registrations raise. Nothing here needs torchvision's operators, so they are skipped.
-    """
-    register_fake = torch.library.register_fake
-
-    def register_known_fake(op, *args, **kwargs):
-        if isinstance(op, str) and op.startswith("torchvision::"):
-            return lambda function: function
-        return register_fake(op, *args, **kwargs)
-
-    torch.library.register_fake = register_known_fake
-    try:
-        return importlib.import_module("timm")
-    finally:
-        torch.library.register_fake = register_fake
 
 
 def _stages() -> list[tuple[str, int, int, int]]:
@@ -237,6 +262,75 @@ def _operators() -> list[Workload]:
         if stage == STAGES:
             found.append(operator(f"head_{name}", shape, act, head, channels, act))
     return found
+
+
+# ---- Ten layers of one operator ------------------------------------------------------------------
+
+
+class Layers(nn.Sequential):
+    """Layers of the same shape, one after the other, each with weights of its own."""
+
+
+class Slicing(models.PartialConv):
+    """A partial convolution that writes into a slice, of a clone or of what it was given.
+
+    The clone is what a residual needs. Without it an input is overwritten, so the first of several
+    layers clones.
+    """
+
+    def __init__(self, dim: int, n_div: int, clone: bool):
+        super().__init__(dim, n_div)
+        self.clone = clone
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, dim, H, W); returns the same shape."""
+        y = x.clone() if self.clone else x
+        y[:, : self.dim_conv] = self.partial_conv3(y[:, : self.dim_conv])
+        return y
+
+
+def _layers() -> list[Workload]:
+    def conv(channels: int, groups: int) -> nn.Module:
+        return nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
+
+    def pointwise(channels: int) -> list[nn.Module]:
+        return [nn.Conv2d(channels, channels, 1, bias=False), nn.Identity(), nn.Identity()]
+
+    makers: dict[str, tuple[Callable[[int, int], nn.Module], tuple[str, ...]]] = {
+        "conv3x3": (lambda c, _: conv(c, 1), EAGER),
+        "gconv3x3": (lambda c, _: conv(c, 16), EAGER),
+        "dwconv3x3": (lambda c, _: conv(c, c), (*EAGER, "onnxruntime", "openvino")),
+        "pconv3x3": (
+            lambda c, _: models.PartialConv(c, 4),
+            (*EAGER, "onnxruntime", "openvino", "ours"),
+        ),
+        "pconv3x3_slicing": (lambda c, _: Slicing(c, 4, clone=True), EAGER),
+        "pconv3x3_inplace": (lambda c, i: Slicing(c, 4, clone=i == 0), (*EAGER, "ours")),
+        "pconv_pw": (
+            lambda c, _: nn.Sequential(models.PartialConv(c, 4), *pointwise(c)),
+            (*EAGER, "torch_compile", "onnxruntime", "openvino", "ours"),
+        ),
+        "dwconv_pw": (
+            lambda c, _: nn.Sequential(conv(c, c), *pointwise(c)),
+            (*EAGER, "torch_compile", "onnxruntime", "openvino"),
+        ),
+    }
+
+    def layers(maker: Callable[[int, int], nn.Module], channels: int) -> nn.Module:
+        return Layers(*(maker(channels, index) for index in range(LAYERS)))
+
+    return [
+        Workload(
+            f"{name}_{channels}x{side}",
+            "layers",
+            (channels, side, side),
+            "",
+            functools.partial(layers, maker, channels),
+            providers,
+        )
+        for channels, side in MAPS
+        for name, (maker, providers) in makers.items()
+    ]
 
 
 def _randomise(module: nn.Module) -> None:

@@ -70,6 +70,15 @@ int64_t packed_size(DType dtype, int64_t n, int64_t k);  // elements of the comp
 int64_t packed_size(const Weight& weight);
 void pack(const Weight& weight, void* packed);  // weight.dtype kFloat64 packs double, the others float
 
+// The fast tier: what an operator's `fast` allows in float32 (ignored for other dtypes), where it pays, and what it
+// reads behind the rest of its `packed`: PConv's weight for Winograd's F(2x4, 3x3). A PConv then multiplies a third as
+// often; its rounding error is 2 to 5 times the direct one's. An infinity or NaN in x may reach
+// neighbours two rows and four columns away, and an infinity come out as NaN; finite values, and all rules about bits,
+// are as always, but that sums of values near float's largest overflow sooner.
+int64_t packed_fast_size(DType dtype, int64_t c_partial);  // 0: this PConv has no fast tier, and `fast` does nothing
+void pack_fast(const Weight& weight, void* packed);        // PConv's weight: (c_partial, c_partial, 3, 3)
+bool fast_tier_pays(int64_t c_partial, int64_t height, int64_t width);  // whether an operator on such images uses it
+
 // ---- Operators ------------------------------------------------------------------------------------------------------
 
 // y[:, :c_partial] = conv3x3(x[:, :c_partial]), stride 1, zero padding 1; y[:, c_partial:] = x[:, c_partial:].
@@ -83,6 +92,7 @@ struct PConv3x3 {
   void* y;
   int64_t y_stride[4];
   const void* packed;  // Weight(c_partial, c_partial, 3, 3) with columns_as_outputs
+  bool fast = false;   // not in place, channels-last
 };
 void pconv3x3(const PConv3x3& args, const ParallelFor& parallel);
 
@@ -96,6 +106,7 @@ struct PConvPw {
   int64_t y_pixel_stride;
   const void* packed;  // that of PConv3x3, then Weight(c_out, channels, 1, 1)
   Act act;
+  bool fast = false;
 };
 void pconv_pw(const PConvPw& args, const ParallelFor& parallel);
 
@@ -114,6 +125,7 @@ struct Block {
   const void* packed;        // that of PConv3x3, Weight(c_hidden, channels, 1, 1), Weight(channels, c_hidden, 1, 1)
   const void* sample_scale;  // (batch) in the compute type, or null
   Act act;
+  bool fast = false;
 };
 void block(const Block& args, const ParallelFor& parallel);
 
@@ -152,6 +164,7 @@ struct NetworkStep {
   int64_t a, b, c;
   Act act;
   const void* packed;
+  bool fast = false;  // of a kBlock
 };
 struct Network {
   DType dtype;
@@ -347,7 +360,16 @@ struct PConv3x3Backward {
 };
 void pconv3x3_backward(const PConv3x3Backward& args, const ParallelFor& parallel);
 
+// patch_conv, with the mean of each channel of y as stored and m2, as pw_stats gives them of z.
+struct PatchStats {
+  PatchConv conv;
+  void* mean;  // (c_out), compute type
+  void* m2;    // (c_out), compute type
+};
+void patch_stats(const PatchStats& args, const ParallelFor& parallel);
+
 // The gradients of y = conv(x, weight, stride = kernel) * scale + shift. Pixels of x in no patch have gradient zero.
+// With y, mean, dmean and dm2 they are those of patch_stats: what the statistics contribute joins grad.
 struct PatchConvBackward {
   DType dtype;
   int64_t batch, channels, height, width, c_out, kh, kw;
@@ -357,7 +379,12 @@ struct PatchConvBackward {
   int64_t x_stride[4];
   const void* weight;  // (c_out, channels, kh, kw)
   const void* scale;   // (c_out) in the compute type, or null
-  void* dx;            // dense
+  const void* y;       // null where the statistics have no gradients
+  int64_t y_pixel_stride;
+  const void* mean;  // (c_out) in the compute type, as dmean and dm2
+  const void* dmean;
+  const void* dm2;
+  void* dx;  // dense
   void* dweight;
   void* dscale;  // (c_out), compute type
   void* dshift;  // (c_out), compute type

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -59,6 +60,7 @@ class Report:
     """What :func:`accelerate` did to a model. ``print`` it, or read ``rows``."""
 
     rows: tuple[Row, ...]
+    fast: bool = False  # whether the fast tier was allowed
 
     @property
     def swapped(self) -> tuple[Row, ...]:
@@ -69,7 +71,8 @@ class Report:
         return tuple(row for row in self.rows if not row.swapped)
 
     def __str__(self) -> str:
-        lines = [f"{len(self.swapped)} swapped, {len(self.refused)} refused"]
+        fast = ", fast tier allowed" if self.fast else ""
+        lines = [f"{len(self.swapped)} swapped, {len(self.refused)} refused{fast}"]
         for row in self.rows:
             done = "swapped" if row.swapped else "refused"
             reason = f": {row.reason}" if row.reason else ""
@@ -109,6 +112,7 @@ class _Record:
     children: list[tuple[nn.Module, int]]  # how many each of them has
     settings: list[tuple[nn.Module, str, object]]  # see _settings
     lean: bool = False  # see accelerate
+    fast: bool = False  # whether the fast tier is allowed
 
 
 _PLAIN = (int, float, str, bool, type(None))
@@ -184,6 +188,11 @@ class _Swapped:
 
     def unfused(self, x: Tensor) -> Tensor:
         return self.original(x)
+
+    @property
+    def fast(self) -> bool:
+        """Whether the fast tier is allowed."""
+        return self.__dict__[_RECORD].fast
 
     def as_proved(self) -> bool:
         """Whether the module is built as it was when it was proved, and nothing hooks into it."""
@@ -323,7 +332,7 @@ class SwappedPConv(_Swapped, nn.Module):
     def fused(self, x: Tensor) -> Tensor:
         if must_run_plainly() or not self.as_proved():
             return self.original(x)
-        return ops.pconv3x3(x, self.part("partial").weight)
+        return ops.pconv3x3(x, self.part("partial").weight, fast=self.fast)
 
 
 for _kind in (SwappedBlock, SwappedPatchConv, SwappedPConv):
@@ -606,7 +615,7 @@ class SwappedNetwork(_Swapped):
         if cast:
             x = x.to(torch.get_autocast_dtype("cpu"))
         with _BelowAutograd():  # no gradients are wanted, and its kernel in Python takes its time
-            outputs = _network(x, plan.packs, plan.steps)
+            outputs = _network(x, plan.packs, plan.steps, self.fast)
         return outputs[0] if plan.collect is None else plan.collect(outputs)
 
     def drop_pack(self) -> None:
@@ -892,7 +901,7 @@ def _swap_innermost(
     return True
 
 
-def accelerate(model: nn.Module, *, lean: bool = False) -> nn.Module:
+def accelerate(model: nn.Module, *, lean: bool = False, fast: bool = False) -> nn.Module:
     """Swaps the FasterNet parts of ``model`` for fused modules, in place, and returns ``model``.
 
     Same parameters (the same objects), same state_dict keys, same answers, in ``train()`` and
@@ -910,12 +919,24 @@ def accelerate(model: nn.Module, *, lean: bool = False) -> nn.Module:
         model: any module that is or holds such parts, on any device and of any dtype.
         lean: training with batch statistics keeps only the input of each swapped part for backward,
             where the rest is computed again: less memory for more time.
+        fast: allow the fast tier: Winograd's convolution where it pays, in float32 on CPUs in
+            inference without gradients. A network's error against float64 stays below 2e-5
+            (relative, L2); an infinity or NaN may reach other pixels nearby. The proof in float64
+            is the same; nothing else changes.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model is of type {type(model).__name__}, expected a torch.nn.Module")
+    with _proving:
+        return _accelerate(model, lean, fast)
+
+
+_proving = threading.RLock()  # the proofs seed the process's random numbers
+
+
+def _accelerate(model: nn.Module, lean: bool, fast: bool) -> nn.Module:
     restore(model)
     rows: list[Row] = []
     _swap_innermost(model, (), _match_block, "block", rows)
@@ -933,7 +954,8 @@ def accelerate(model: nn.Module, *, lean: bool = False) -> nn.Module:
     for module in model.modules():
         if isinstance(module, _Swapped):
             module.__dict__[_RECORD].lean = lean
-    model.__dict__[_REPORT] = Report(tuple(rows))
+            module.__dict__[_RECORD].fast = fast
+    model.__dict__[_REPORT] = Report(tuple(rows), fast)
     return model
 
 

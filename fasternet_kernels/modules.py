@@ -9,9 +9,9 @@ converters see what they know. What runs depends on the call:
 * running statistics, gradients off: the op on packed weights. The pack is kept between calls, and
   dropped by ``train()``, by a call with gradients on, by ``.to()`` and its kin and by
   ``load_state_dict``. Each call compares address and version of every parameter and buffer with the
-  pack's and asks whether any optimizer has stepped since, so only an edit through ``.data``, which
-  PyTorch itself does not count, needs :func:`repack`. Under ``torch.compile`` and ``torch.export``
-  packing is part of the graph.
+  pack's and asks whether any optimizer has stepped since, so only an edit that PyTorch itself
+  does not count needs :func:`repack`. Under ``torch.compile`` and ``torch.export`` packing is part
+  of the graph.
 
 Calls that the fused ops do not serve (hooks inside, forward-mode differentiation, ``torch.func``
 transforms, ``torch.jit.trace``) run the parts one by one.
@@ -199,6 +199,7 @@ class PackingModule(nn.Module):
     """A module that keeps a pack of its folded weights for calls without gradients."""
 
     _pack: tuple[Sources, Tensor] | None = None
+    fast = False  # whether the fast tier is allowed: see :func:`fasternet_kernels.accelerate`
 
     def drop_pack(self) -> None:
         """Forgets the pack; the next call without gradients makes a new one."""
@@ -210,15 +211,16 @@ class PackingModule(nn.Module):
         It also depends on the tensors ``others`` and on ``norm``; ``fold()`` gives the (scales,
         shifts) that are packed in. Under a compiler or a dispatch mode nothing is kept.
         """
+        fast = self.fast and weights[0].device.type == "cpu"
         if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
-            return _ops.pack(weights, *fold())
+            return _ops.pack(weights, *fold(), fast)
         tensors = (*weights, *others, *norm_tensors(norm))
         constants = (norm.eps,) if isinstance(norm, NORMS) else ()
         kept = self._pack
         if kept is not None and kept[0].current(tensors, constants):
             return kept[1]
         with torch.no_grad():
-            pack = _ops.pack([w.detach() for w in weights], *fold())
+            pack = _ops.pack([w.detach() for w in weights], *fold(), fast)
         if type(pack) is Tensor:
             self.__dict__["_pack"] = (Sources(tensors, constants), pack)
         return pack
@@ -243,7 +245,9 @@ def repack(model: nn.Module) -> nn.Module:
     """Makes every fused module under ``model`` pack its weights anew at its next call; returns
     ``model``.
 
-    Needed only after edits through ``.data``, which leave no trace in a tensor's version counter.
+    Needed only after edits that leave no trace in a tensor's version counter: through ``.data``;
+    through memory shared with NumPy or another library; by a collective of ``torch.distributed`` on
+    a detached tensor; of running statistics by a direct call of ``F.batch_norm``.
     """
     for module in model.modules():
         if hasattr(module, "drop_pack"):
@@ -407,6 +411,9 @@ class FusedBlock(PackingModule):
             ones = torch.ones((x.shape[0], 1, 1, 1), dtype=compute_dtype(x.dtype), device=x.device)
             sample_scale = p.drop_path(ones).reshape(-1)
         layer_scale = None if p.layer_scale is None else p.layer_scale.reshape(-1)
+        if layer_scale is not None and autocast_dtype(x) is not None:
+            # Autocast leaves products alone: layer_scale widens the branch, and so the sum.
+            x = x.to(torch.promote_types(x.dtype, layer_scale.dtype))
         if uses_batch_statistics(p.norm):
             self.drop_pack()
             weights = ops.autocast_weights(x, p.partial.weight, p.pw1.weight, p.pw2.weight)
@@ -429,7 +436,7 @@ class FusedBlock(PackingModule):
             )
         pack = self.block_pack(p)
         return _ops.block_packed(
-            x, pack, p.partial.out_channels, p.pw1.out_channels, sample_scale, p.act
+            x, pack, p.partial.out_channels, p.pw1.out_channels, sample_scale, p.act, self.fast
         )
 
 
@@ -533,9 +540,9 @@ class FusedPatchConv(PackingModule):
     """A convolution whose stride is its kernel, with BatchNorm: the stem and the merging layers.
     Emits channels_last.
 
-    Inference without gradients is one op on packed weights. Otherwise convolution and norm run as
-    they are, but for batch statistics in a lean layer, and among processes on the CPU, where
-    nn.SyncBatchNorm does not run.
+    Inference without gradients is one op on packed weights; training with batch statistics runs the
+    fused ops on the CPU, and elsewhere in a lean layer. Otherwise convolution and norm run as they
+    are.
     """
 
     def parts(self) -> tuple[nn.Conv2d, nn.Module | None] | None:
@@ -577,9 +584,8 @@ class FusedPatchConv(PackingModule):
         if torch.is_grad_enabled() or uses_batch_statistics(norm):
             self.drop_pack()
             x = x.contiguous(memory_format=torch.channels_last)
-            shared = x.device.type == "cpu" and process_group(norm) is not None
             if (
-                (self.trains_lean() or shared)
+                (self.trains_lean() or x.device.type == "cpu")
                 and uses_batch_statistics(norm)
                 and conv.bias is None
                 and not _empty_alone(x, norm)

@@ -21,15 +21,17 @@ pack, *_packed       the same on one flat tensor of packed weights, scale, shift
 network              a list of such steps as one op; inference only
 pw_stats             ``z = conv1x1(u, w_pw)`` with the mean and the sum of squared deviations of
                      each channel of ``z``
+patch_stats          the same of ``z = conv(x, weight, stride = kernel)``, in channels_last memory
 bn_act               ``act((z - mean) * scale + shift)``
 act_pw_residual      ``x + sample_scale * layer_scale * conv1x1(bn_act(z), w_pw2)``
 ===================  =============================================================================
 
-Training with batch statistics is ``pw_stats``, then the batch norm's vectors in plain torch (where
-the statistics of several processes are combined), then ``bn_act`` or ``act_pw_residual``. Backward
-has the same two halves: ``bn_act_backward`` or ``act_pw_residual_backward`` gives ``dz`` and the
-batch norm's sums over pixels, which are added up over the processes; then ``pw_stats_backward``,
-which adds ``dy``, the gradient of the residual, to ``dx``. The ``*_recompute_backward`` ops are the
+Training with batch statistics is ``pw_stats`` or ``patch_stats``, then the batch norm's vectors in
+plain torch (where the statistics of several processes are combined), then ``bn_act`` or
+``act_pw_residual``. Backward has the same two halves: ``bn_act_backward`` or
+``act_pw_residual_backward`` gives ``dz`` and the batch norm's sums over pixels, which are added up
+over the processes; then ``patch_stats_backward``, or ``pw_stats_backward``, which adds ``dy``, the
+gradient of the residual, to ``dx``. The ``*_recompute_backward`` ops are the
 first half where ``z`` was not kept: they return it in front of the gradients, for the second half.
 :mod:`fasternet_kernels.training` puts the halves together.
 """
@@ -51,6 +53,7 @@ from .reference import (
     compute_dtype,
     gemm_shapes,
     memory_format,
+    packed_fast_size,
     packed_size,
 )
 
@@ -63,7 +66,7 @@ SCHEMAS = {
     "pconv3x3_backward": (
         "(Tensor grad, Tensor x_partial, Tensor weight, bool[] output_mask) -> (Tensor, Tensor)"
     ),
-    "pack": "(Tensor[] weights, Tensor?[] scales, Tensor?[] shifts) -> Tensor",
+    "pack": ("(Tensor[] weights, Tensor?[] scales, Tensor?[] shifts, bool fast=False) -> Tensor"),
     "pconv_pw": (
         "(Tensor x, Tensor w_partial, Tensor w_pw, Tensor? scale, Tensor? shift, str act, "
         "bool fast=False) -> Tensor"
@@ -113,6 +116,11 @@ SCHEMAS = {
     "pw_stats_backward": (
         "(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z, Tensor mean, Tensor "
         "w_partial, Tensor w_pw, bool[] output_mask, Tensor? dy=None) -> (Tensor, Tensor, Tensor)"
+    ),
+    "patch_stats": "(Tensor x, Tensor weight) -> (Tensor, Tensor, Tensor)",
+    "patch_stats_backward": (
+        "(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z, Tensor mean, Tensor weight, "
+        "bool[] output_mask) -> (Tensor, Tensor)"
     ),
     "bn_act": "(Tensor z, Tensor mean, Tensor scale, Tensor shift, str act) -> Tensor",
     "bn_act_backward": (
@@ -216,7 +224,7 @@ def _(grad, x_partial, weight, output_mask):
 
 
 @_fake("pack")
-def _(weights, scales, shifts):
+def _(weights, scales, shifts, fast=False):
     from . import triton  # which imports this file
     from .triton import layout
 
@@ -226,6 +234,7 @@ def _(weights, scales, shifts):
         return torch.empty(size, dtype=dtype, device=weights[0].device)
     dtype = compute_dtype(weights[0].dtype)
     size = sum(packed_size(n, k, dtype) for n, k in gemm_shapes([w.shape for w in weights]))
+    size += packed_fast_size(weights) if fast else 0
     return torch.empty(size, dtype=dtype, device=weights[0].device)
 
 
@@ -322,16 +331,30 @@ def _(x, packs, plan, fast=False):
     return outputs
 
 
+def _with_statistics(z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    stats = (z.new_empty(z.shape[1], dtype=compute_dtype(z.dtype)) for _ in range(2))
+    return z, *stats
+
+
 @_fake("pw_stats")
 def _(x, w_partial, w_pw):
-    z = _image(x, (x.shape[0], w_pw.shape[0], *x.shape[2:]), w_pw.dtype)
-    stats = [x.new_empty(w_pw.shape[0], dtype=compute_dtype(w_pw.dtype)) for _ in range(2)]
-    return z, *stats
+    return _with_statistics(_image(x, (x.shape[0], w_pw.shape[0], *x.shape[2:]), w_pw.dtype))
 
 
 @_fake("pw_stats_backward")
 def _(dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask, dy=None):
     return _wanted(output_mask, _grad(x, dz, image=True), _grad(w_partial, dz), _grad(w_pw, dz))
+
+
+@_fake("patch_stats")
+def _(x, weight):
+    c_out, _, kh, kw = weight.shape
+    return _with_statistics(_patches(x, c_out, kh, kw, weight.dtype, channels_last=True))
+
+
+@_fake("patch_stats_backward")
+def _(dz, dmean, dm2, x, z, mean, weight, output_mask):
+    return _wanted(output_mask, _grad(x, dz, image=True), _grad(weight, dz))
 
 
 @_fake("bn_act")
@@ -365,22 +388,10 @@ def _(grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output
 
 
 @_fake("act_pw_residual_recompute_backward")
-def _(
-    grad,
-    x,
-    mean,
-    scale,
-    shift,
-    w_partial,
-    w_pw1,
-    w_pw2,
-    layer_scale,
-    sample_scale,
-    act,
-    output_mask,
-):
+def _(grad, x, mean, scale, shift, w_partial, w_pw1, *others):
+    *after, _act, output_mask = others  # as of act_pw_residual_backward
     z = _image(x, (x.shape[0], w_pw1.shape[0], *x.shape[2:]), w_pw1.dtype)
-    vectors = (mean, scale, shift, w_pw2, layer_scale, sample_scale)
+    vectors = (mean, scale, shift, *after)
     return z, *_wanted(output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in vectors))
 
 
@@ -441,22 +452,26 @@ torch.library.register_autograd(
 )
 
 
-def _pw_stats_setup(ctx, inputs, output):
-    x, w_partial, w_pw = inputs
-    z, mean, _ = output
-    ctx.save_for_backward(x, z, mean, w_partial, w_pw)
+def _differentiable_statistics(name: str, backward):
+    """Registers the gradient of an op (x, *weights) -> (z, mean, m2)."""
+
+    def setup_context(ctx, inputs, output):
+        x, *weights = inputs
+        z, mean, _ = output
+        ctx.save_for_backward(x, z, mean, *weights)
+
+    def run(ctx, dz, dmean, dm2):
+        mask = [bool(need) for need in ctx.needs_input_grad]
+        grads = backward(dz, dmean, dm2, *ctx.saved_tensors, mask)
+        return tuple(g if need else None for g, need in zip(grads, mask))
+
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", run, setup_context=setup_context, lib=_library
+    )
 
 
-def _pw_stats_gradient(ctx, dz, dmean, dm2):
-    mask = [bool(need) for need in ctx.needs_input_grad]
-    grads = _ops.pw_stats_backward(dz, dmean, dm2, *ctx.saved_tensors, mask)
-    return tuple(g if need else None for g, need in zip(grads, mask))
-
-
-torch.library.register_autograd(
-    f"{NAMESPACE}::pw_stats", _pw_stats_gradient, setup_context=_pw_stats_setup, lib=_library
-)
-
+_differentiable_statistics("pw_stats", lambda *args: _ops.pw_stats_backward(*args))
+_differentiable_statistics("patch_stats", lambda *args: _ops.patch_stats_backward(*args))
 _differentiable(
     "pconv_pw",
     5,
@@ -707,6 +722,16 @@ def _(
     return recompute + _pconv_pw_gradients(x, w_partial, w_pw, *output_mask)
 
 
+@_flops("patch_stats")
+def _(x, weight, *args, out_shape=None, **kwargs) -> int:
+    return _patch_flops(x, weight[0], weight[2], weight[3])
+
+
+@_flops("patch_stats_backward")
+def _(dz, dmean, dm2, x, z, mean, weight, output_mask, *args, out_shape=None, **kwargs) -> int:
+    return _patch_flops(x, weight[0], weight[2], weight[3]) * sum(output_mask)
+
+
 @_flops("bn_act")
 def _(*args, out_shape=None, **kwargs) -> int:
     return 0
@@ -729,6 +754,13 @@ def _(x, z, mean, scale, shift, w_pw2, *args, out_shape=None, **kwargs) -> int:
     return 2 * _pixels(x) * w_pw2[0] * w_pw2[1]
 
 
+def _act_pw_residual_gradients(
+    x, w_pw2, need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample
+) -> int:
+    inner = need_z or need_mean or need_scale or need_shift
+    return 2 * _pixels(x) * w_pw2[0] * w_pw2[1] * (inner + need_pw2 + (need_layer or need_sample))
+
+
 @_flops("act_pw_residual_backward")
 def _(
     grad,
@@ -745,9 +777,7 @@ def _(
     out_shape=None,
     **kwargs,
 ) -> int:
-    need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample = output_mask
-    inner = need_z or need_mean or need_scale or need_shift
-    return 2 * _pixels(z) * w_pw2[0] * w_pw2[1] * (inner + need_pw2 + (need_layer or need_sample))
+    return _act_pw_residual_gradients(z, w_pw2, *output_mask)
 
 
 @_flops("act_pw_residual_recompute_backward")
@@ -768,11 +798,8 @@ def _(
     out_shape=None,
     **kwargs,
 ) -> int:
-    need_z, need_mean, need_scale, need_shift, need_pw2, need_layer, need_sample = output_mask
-    inner = need_z or need_mean or need_scale or need_shift
-    products = inner + need_pw2 + (need_layer or need_sample)
     recompute = _pconv_pw_flops(x, w_partial[0], w_pw1[0])
-    return recompute + 2 * _pixels(x) * w_pw2[0] * w_pw2[1] * products
+    return recompute + _act_pw_residual_gradients(x, w_pw2, *output_mask)
 
 
 # ---- Argument checks -----------------------------------------------------------------------------
@@ -797,6 +824,8 @@ def _check_weight(name: str, weight, x: Tensor, shape: tuple[int, ...]) -> None:
     check_tensor(name, weight, len(shape))
     if tuple(weight.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected {shape}")
+    if weight.numel() == 0:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}, expected at least one element")
     if weight.device != x.device:
         raise ValueError(f"{name} is on {weight.device}, expected x's device {x.device}")
     if weight.dtype != x.dtype and not (
@@ -869,8 +898,9 @@ def pconv3x3(x: Tensor, weight: Tensor, *, fast: bool = False) -> Tensor:
     Args:
         x: (B, C, H, W), float32, float64, bfloat16 or float16, any strides.
         weight: (C_partial, C_partial, 3, 3), x's dtype and device, 1 <= C_partial <= C.
-        fast: allow float32 algorithms with a larger rounding error, without gradients; there are
-            none yet, so it changes nothing.
+        fast: allow Winograd's convolution where it pays, in float32 on CPUs and with gradients
+            off: a larger rounding error, and an infinity or NaN may reach other pixels nearby.
+            The weights are transformed in the call, which takes many pixels to pay.
 
     Returns:
         (B, C, H, W) of x's dtype in the memory format that x suggests. The convolution has stride
@@ -884,7 +914,7 @@ def pconv3x3(x: Tensor, weight: Tensor, *, fast: bool = False) -> Tensor:
     _check_image(x)
     _check_partial("weight", weight, x)
     (weight,) = autocast_weights(x, weight)
-    return _ops.pconv3x3(x, weight, fast)
+    return _ops.pconv3x3(x, weight, fast and not torch.is_grad_enabled())
 
 
 class _InPlace(torch.autograd.Function):
@@ -974,8 +1004,9 @@ def pconv_pw(
         scale, shift: (C_out) or None for 1 and 0; floating point, applied in float32 (float64
             beside float64).
         act: relu, gelu (erf), gelu_tanh, silu, hardswish or identity.
-        fast: allow float32 algorithms with a larger rounding error, without gradients; there are
-            none yet, so it changes nothing.
+        fast: allow Winograd's convolution where it pays, in float32 on CPUs and with gradients
+            off: a larger rounding error, and an infinity or NaN may reach other pixels nearby.
+            The weights are transformed in the call, which takes many pixels to pay.
 
     Returns:
         (B, C_out, H, W) of x's dtype (autocast's under autocast) in the memory format that x
@@ -994,6 +1025,7 @@ def pconv_pw(
     _check_vector("shift", shift, x, w_pw.shape[0])
     check_act(act)
     w_partial, w_pw = autocast_weights(x, w_partial, w_pw)
+    fast = fast and not torch.is_grad_enabled()
     return _ops.pconv_pw(x, w_partial, w_pw, scale, shift, act, fast)
 
 
@@ -1024,8 +1056,9 @@ def fasternet_block(
         layer_scale: (C) or None for 1.
         sample_scale: (B) or None for 1: stochastic depth, 0 or 1 / keep probability for each
             sample.
-        fast: allow float32 algorithms with a larger rounding error, without gradients; there are
-            none yet, so it changes nothing.
+        fast: allow Winograd's convolution where it pays, in float32 on CPUs and with gradients
+            off: a larger rounding error, and an infinity or NaN may reach other pixels nearby.
+            The weights are transformed in the call, which takes many pixels to pay.
 
     Returns:
         (B, C, H, W) of x's dtype in the memory format that x suggests.
@@ -1048,6 +1081,7 @@ def fasternet_block(
     _check_vector("sample_scale", sample_scale, x, x.shape[0])
     check_act(act)
     w_partial, w_pw1, w_pw2 = autocast_weights(x, w_partial, w_pw1, w_pw2)
+    fast = fast and not torch.is_grad_enabled()
     return _ops.block(
         x, w_partial, w_pw1, w_pw2, scale, shift, layer_scale, sample_scale, act, fast
     )

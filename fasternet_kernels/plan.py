@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import os
 import struct
+import uuid
 import zlib
 from collections.abc import Iterable
 
@@ -120,15 +121,15 @@ def _pieces(plan: NetworkPlan) -> list:
 
 
 def _write(path: str | os.PathLike[str], pieces: list) -> None:
-    path = os.fspath(path)
-    draft = f"{path}.{os.getpid()}.tmp"
+    path = os.fsdecode(path)
+    draft = f"{path}.{uuid.uuid4().hex}.tmp"
+    file = open(draft, "xb")  # noqa: SIM115
     try:
-        with open(draft, "xb") as file:
+        with file:
             file.writelines(pieces)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)
     except BaseException:
-        if os.path.exists(draft):
-            os.unlink(draft)
+        os.unlink(draft)
         raise

@@ -234,7 +234,45 @@ def _starts_with_pconv(shapes) -> bool:
     return len(shapes) > 1 and tuple(shapes[0][2:]) == (3, 3)
 
 
-def pack(weights: list[Tensor], scales: list[Tensor | None], shifts: list[Tensor | None]) -> Tensor:
+# Winograd's transforms of a filter, F(2, 3) down its columns and F(4, 3) along its rows
+# (arXiv 1509.09308).
+_WINOGRAD_ROWS = ((1, 0, 0), (1 / 2, 1 / 2, 1 / 2), (1 / 2, -1 / 2, 1 / 2), (0, 0, 1))
+_WINOGRAD_COLUMNS = (
+    (1 / 4, 0, 0),
+    (-1 / 6, -1 / 6, -1 / 6),
+    (-1 / 6, 1 / 6, -1 / 6),
+    (1 / 24, 1 / 12, 1 / 6),
+    (1 / 24, -1 / 12, 1 / 6),
+    (0, 0, 1),
+)
+
+
+def packed_fast_size(weights: list[Tensor]) -> int:
+    """Elements that ``pack(weights, ..., fast=True)`` adds: those of PConv's 24 transformed
+    weights in float32, for the numbers of channels for which the kernels use them."""
+    c_partial, c_in = weights[0].shape[:2]
+    has_fast = weights[0].dtype == torch.float32 and c_partial >= 24 and c_partial % 8 == 0
+    if not (has_fast and c_in == c_partial and _starts_with_pconv([w.shape for w in weights])):
+        return 0
+    return 24 * packed_size(c_partial, c_partial, torch.float32)
+
+
+def _pack_fast(weight: Tensor) -> Tensor:
+    """The transformed weights, each packed like a 1x1 convolution's."""
+    rows, columns = (
+        torch.tensor(m, dtype=torch.float64, device=weight.device)
+        for m in (_WINOGRAD_ROWS, _WINOGRAD_COLUMNS)
+    )
+    products = torch.einsum("ih,jw,nchw->ijnc", rows, columns, weight.double())
+    return torch.cat([pack([w], [None], [None]) for w in products.flatten(0, 1).float()])
+
+
+def pack(
+    weights: list[Tensor],
+    scales: list[Tensor | None],
+    shifts: list[Tensor | None],
+    fast: bool = False,
+) -> Tensor:
     pieces = []
     with_pconv = _starts_with_pconv([w.shape for w in weights])
     for i, (weight, scale, shift) in enumerate(zip(weights, scales, shifts)):
@@ -257,6 +295,8 @@ def pack(weights: list[Tensor], scales: list[Tensor | None], shifts: list[Tensor
         pieces.append(padded[full:].t().reshape(-1))
         pieces.append(F.pad(bias, (0, padded.shape[0] - n)))
         pieces.append(rows.new_zeros(-padded.shape[0] * (k + 1) % width))
+    if fast and packed_fast_size(weights):
+        pieces.append(_pack_fast(weights[0]))
     return torch.cat(pieces)
 
 
@@ -348,6 +388,11 @@ def statistics(z: Tensor) -> tuple[Tensor, Tensor]:
 
 def pw_stats(x, w_partial, w_pw) -> tuple[Tensor, Tensor, Tensor]:
     z = like(F.conv2d(_pconv(x.to(w_pw.dtype), w_partial), w_pw), x)
+    return z, *statistics(z)
+
+
+def patch_stats(x, weight) -> tuple[Tensor, Tensor, Tensor]:
+    z = patch_conv(x, weight, None, None, True)
     return z, *statistics(z)
 
 
@@ -536,6 +581,13 @@ def pw_stats_backward(
     return _results(dz, dx, *others)
 
 
+def patch_stats_backward(
+    dz, dmean, dm2, x, z, mean, weight, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    total = statistics_backward(dz, dmean, dm2, z, mean)
+    return patch_conv_backward(total, x, weight, None, None, [*output_mask, False, False])[:2]
+
+
 def _bn_act_backward(da, z, mean, scale, shift, act, need_z, need_mean, need_scale, need_shift):
     centred, t = _normalise(z, mean, scale, shift)
     dt = act_backward(da.to(t.dtype), t, act)
@@ -585,21 +637,8 @@ def bn_act_recompute_backward(
 
 
 def act_pw_residual_recompute_backward(
-    grad,
-    x,
-    mean,
-    scale,
-    shift,
-    w_partial,
-    w_pw1,
-    w_pw2,
-    layer_scale,
-    sample_scale,
-    act: str,
-    output_mask: list[bool],
+    grad, x, mean, scale, shift, w_partial, w_pw1, *others
 ) -> tuple[Tensor, ...]:
     ops = torch.ops.fasternet_kernels
     z = ops.pw_stats(x, w_partial, w_pw1)[0]
-    return z, *ops.act_pw_residual_backward(
-        grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask
-    )
+    return z, *ops.act_pw_residual_backward(grad, z, mean, scale, shift, *others)

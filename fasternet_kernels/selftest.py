@@ -2,7 +2,9 @@
 makes of the same inputs.
 
 An error is allowed to be twice eager's, in relative L2 norm and in maximum, plus one ulp of the
-largest value; 1e-13 relative in float64. ``fasternet-kernels check`` prints the rows.
+largest value; 1e-13 relative in float64. Of a weight's gradient, which is a long sum for every
+element, the larger of eager's error and that of a plain loop over the pixels counts.
+``fasternet-kernels check`` prints the rows.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from . import library, ops, reference, triton
 from .reference import ACTS, BLOCK, EMIT, HEAD, PATCH_CONV, compute_dtype
@@ -85,12 +89,31 @@ def allowed_errors(
     )
 
 
-def _compare(got: Tensor, exact: Tensor, eager: Tensor) -> tuple[float, float, str]:
+class _PlainLoop(TorchDispatchMode):
+    """Weights' gradients of convolutions summed over the pixels in order, one at a time."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.ops.aten.convolution_backward.default or not args[10][1]:
+            return result
+        grad, x, weight, _, stride, padding = args[:6]
+        dtype = compute_dtype(weight.dtype)
+        columns = F.unfold(x.to(dtype), weight.shape[2:], padding=padding, stride=stride)
+        total = torch.zeros(weight.shape[0], columns.shape[1], dtype=dtype, device=x.device)
+        for g, c in zip(grad.to(dtype).flatten(2), columns):
+            for pixel in range(c.shape[1]):
+                total += torch.outer(g[:, pixel], c[:, pixel])
+        return result[0], total.reshape(weight.shape).to(weight.dtype), result[2]
+
+
+def _compare(
+    got: Tensor, exact: Tensor, eager: Tensor, *rivals: Tensor
+) -> tuple[float, float, str]:
     """(relative error, allowed relative error, what is wrong or an empty string)."""
     if got.shape != eager.shape or got.dtype != eager.dtype or got.stride() != eager.stride():
         return float("inf"), 0.0, "shape, strides or dtype differ from eager's"
     ours = errors(got, exact)
-    allowed = allowed_errors(exact, got.dtype, [errors(eager, exact)])
+    allowed = allowed_errors(exact, got.dtype, [errors(r, exact) for r in (eager, *rivals)])
     detail = ""
     if not ours.within(allowed):
         detail = f"maximum error {ours.maximum:.1e}, allowed {allowed.maximum:.1e}"
@@ -143,6 +166,7 @@ def _arguments(
         [None, None],
         [b_conv.to(compute_dtype(b_conv.dtype)), b_fc.to(compute_dtype(b_fc.dtype))],
     )
+    patches = image(2, 40, 4, 6)
     code = ACTS.index(act)
     plan = [
         PATCH_CONV,
@@ -181,7 +205,7 @@ def _arguments(
         "patch_conv": (pixels, patch, None, patch_shift),
         "patch_conv_packed": (pixels, pack_patch, 40, 4, 4),
         "patch_conv_backward": (
-            image(2, 40, 4, 6),
+            patches,
             pixels,
             patch,
             None,
@@ -194,6 +218,11 @@ def _arguments(
         "network": (pixels, [pack_patch, pack, pack_head], plan),
         "pw_stats": (x, partial, pw1),
         "pw_stats_backward": (z, mean, shift, x, z, mean, partial, pw1, [True] * 3, x),
+        "patch_stats": (pixels, patch),
+        "patch_stats_backward": (
+            *(patches, mean[:40], shift[:40], pixels, patches.flip(0), mean[:40], patch),
+            [True] * 2,
+        ),
         "bn_act": (z, mean, scale, shift, act),
         "bn_act_backward": (z.flip(0), z, mean, scale, shift, act, [True] * 4),
         "bn_act_recompute_backward": (
@@ -262,7 +291,11 @@ def run(progress: Callable[[int, int], None] | None = None, device: str = "cpu")
                     # are unlike it; the rows of the ops that read them show that they are right.
                     eager = got if triton.serves(*args[0]) else eager
                     exact = [r.double() for r in eager]
-                found = [_compare(g, e, p) for g, e, p in zip(got, exact, eager, strict=True)]
+                found = [_compare(*row) for row in zip(got, exact, eager, strict=True)]
+                if any(row[2] for row in found) and name.endswith("_backward"):
+                    with torch.no_grad(), _PlainLoop():
+                        loop = [r.cpu() for r in _results(plain, args)]
+                    found = [_compare(*row) for row in zip(got, exact, eager, loop, strict=True)]
                 error, allowed, detail = max(found, key=lambda row: (row[2] != "", row[0]))
             except Exception as failure:  # a row that cannot be computed is a finding, not an end
                 error, allowed, detail = float("inf"), 0.0, f"{type(failure).__name__}: {failure}"

@@ -7,7 +7,7 @@ backward, because between them stands what belongs to no kernel:
 
 ========  ==========================  ===============================  ===========================
 forward   z, mean and m2              of all processes; running ones   y
-backward  dx, dw_partial, dw_pw       sums of all processes            dz and sums over the pixels
+backward  dx, dw_partial, dw_conv     sums of all processes            dz and sums over the pixels
 ========  ==========================  ===============================  ===========================
 
 Kept from forward to backward are x, z, the statistics and the parameters, and a lean layer does not
@@ -20,8 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-
-from .reference import statistics, statistics_backward
 
 _ops = torch.ops.fasternet_kernels
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -81,27 +79,12 @@ class _FromStatistics(torch.autograd.Function):
     """What follows the batch statistics; the gradient is that of the whole layer."""
 
     @staticmethod
-    def forward(
-        ctx,
-        x,
-        w_partial,
-        w_conv,
-        weight,
-        bias,
-        w_pw2,
-        layer_scale,
-        sample_scale,
-        z,
-        mean,
-        invstd,
-        total,
-        act,
-        lean,
-        group,
-    ):
+    def forward(ctx, x, *rest):
+        parameters, (z, *statistics), (act, lean, group) = rest[:7], rest[7:11], rest[11:]
+        _, _, weight, bias, w_pw2, layer_scale, sample_scale = parameters
         ctx.act, ctx.group = act, group
-        parameters = (w_partial, w_conv, weight, bias, w_pw2, layer_scale, sample_scale)
-        ctx.save_for_backward(x, *parameters, None if lean else z, mean, invstd, total)
+        ctx.save_for_backward(x, *parameters, None if lean else z, *statistics)
+        mean, invstd, _ = statistics
         scale, shift = _scale_and_shift(invstd, weight, bias)
         if w_pw2 is None:
             return _ops.bn_act(z, mean, scale, shift, act)
@@ -153,22 +136,14 @@ class _FromStatistics(torch.autograd.Function):
             count = pixels if total is None else total
             dmean = dshift * scale * (-pixels / count)
             dm2 = dscale * scale * invstd.square() * (-0.5 / count)
+            first = (dz, dmean, dm2, x, z, mean)
             if w_partial is None:
-                dz = statistics_backward(dz, dmean, dm2, z, mean)
-                mask = [need_x, need_conv, False, False]
-                dx, dw_conv, _, _ = _ops.patch_conv_backward(dz, x, w_conv, None, None, mask)
+                dx, dw_conv = _ops.patch_stats_backward(*first, w_conv, [need_x, need_conv])
             else:
+                mask = [need_x, need_partial, need_conv]
+                residual = None if w_pw2 is None else dy
                 dx, dw_partial, dw_conv = _ops.pw_stats_backward(
-                    dz,
-                    dmean,
-                    dm2,
-                    x,
-                    z,
-                    mean,
-                    w_partial,
-                    w_conv,
-                    [need_x, need_partial, need_conv],
-                    None if w_pw2 is None else dy,
+                    *first, w_partial, w_conv, mask, residual
                 )
         grads = (dx, dw_partial, dw_conv, dweight, dbias, dw_pw2, dlayer_scale, dsample_scale)
         return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad)), *([None] * 7)
@@ -211,8 +186,7 @@ def batch_norm_layer(
     """
     with torch.no_grad():
         if w_partial is None:
-            z = _ops.patch_conv(x, w_conv, None, None, True)
-            mean, m2 = statistics(z)
+            z, mean, m2 = _ops.patch_stats(x, w_conv)
         else:
             z, mean, m2 = _ops.pw_stats(x, w_partial, w_conv)
         pixels = z.shape[0] * z.shape[2] * z.shape[3]
@@ -229,20 +203,5 @@ def batch_norm_layer(
         count = pixels if total is None else total
         _update_running_statistics(norm, mean, m2, count)
         invstd = torch.rsqrt(m2 / count + norm.eps)
-    return _FromStatistics.apply(
-        x,
-        w_partial,
-        w_conv,
-        norm.weight,
-        norm.bias,
-        w_pw2,
-        layer_scale,
-        sample_scale,
-        z,
-        mean,
-        invstd,
-        total,
-        act,
-        lean,
-        group,
-    )
+    parameters = (w_partial, w_conv, norm.weight, norm.bias, w_pw2, layer_scale, sample_scale)
+    return _FromStatistics.apply(x, *parameters, z, mean, invstd, total, act, lean, group)

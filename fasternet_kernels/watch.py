@@ -4,9 +4,9 @@ Everything that decides what a model computes in eval without gradients is noted
 plain objects, and compared at each call: the class of every module and the dict of its attributes,
 the attributes that its forward reads, its children, parameters and buffers (the very objects), the
 address and version of every tensor, that nothing is hooked in, and that no optimizer has stepped.
-Nothing of this is signalled by PyTorch, so all of it is looked at each time: some 1500 comparisons
-for a FasterNet-T0. In C (``fasternet_runtime``, python/unchanged.h) that takes microseconds; where
-that module was not built, the same loop in Python takes ten times as long.
+Nothing of this is signalled by PyTorch, so all of it is looked at each time: over a thousand
+comparisons for a FasterNet-T0. In C (``fasternet_runtime``, python/unchanged.h) that takes
+microseconds; where that module was not built, the same loop in Python takes several times as long.
 """
 
 from __future__ import annotations

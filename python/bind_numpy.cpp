@@ -5,6 +5,9 @@
 // checked.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#ifdef __linux__
+#include <sched.h>
+#endif
 
 #include <algorithm>
 #include <array>
@@ -38,7 +41,15 @@ namespace {
 
 constexpr int kMaxThreads = 1024;
 
-int default_num_threads() { return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, kMaxThreads); }
+// One for each processor that this process may use.
+int default_num_threads() {
+  int processors = static_cast<int>(std::thread::hardware_concurrency());
+#ifdef __linux__
+  cpu_set_t allowed;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) == 0) processors = CPU_COUNT(&allowed);
+#endif
+  return std::clamp(processors, 1, kMaxThreads);
+}
 
 // One pool for the process. The object is never destroyed: workers are parked on it until the process ends.
 struct Runtime {

@@ -135,25 +135,31 @@ void check_c_partial(int64_t c_partial, const Tensor& x) {
   STD_TORCH_CHECK(c_partial >= 1 && c_partial <= x.size(1), "fasternet_kernels: c_partial is ", c_partial,
                   ", expected 1 to x's ", x.size(1), " channels");
 }
-// A pack of the GEMMs (n, k), in x's compute type.
-void check_pack(const Tensor& pack, const Tensor& x, std::initializer_list<std::pair<int64_t, int64_t>> gemms) {
+// A pack of the GEMMs (n, k), in x's compute type. Returns whether the fast tier can run: x is float32, and the weights
+// for it, of a PConv of c_partial channels, follow.
+bool check_pack(const Tensor& pack, const Tensor& x, std::initializer_list<std::pair<int64_t, int64_t>> gemms,
+                int64_t c_partial = 0) {
   const ScalarType type = compute_type(x.scalar_type());
   int64_t elements = 0;
   for (const auto& [n, k] : gemms) {
     STD_TORCH_CHECK(n >= 1 && k >= 1, "fasternet_kernels: a channel count is below 1");
     elements += fasternet::packed_size(dtype_of(type), n, k);
   }
-  STD_TORCH_CHECK(pack.dim() == 1 && pack.scalar_type() == type && pack.numel() == elements && pack.is_contiguous(),
-                  "fasternet_kernels: pack does not fit: it has ", pack.numel(), " elements, expected ", elements,
-                  " in x's compute type");
+  const int64_t more = fasternet::packed_fast_size(dtype_of(type), c_partial);
+  const bool fast = more > 0 && pack.numel() == elements + more;
+  STD_TORCH_CHECK(
+      pack.dim() == 1 && pack.scalar_type() == type && (pack.numel() == elements || fast) && pack.is_contiguous(),
+      "fasternet_kernels: pack does not fit: it has ", pack.numel(), " elements, expected ", elements,
+      " in x's compute type");
+  return fast && x.scalar_type() == ScalarType::Float;
 }
 
 // ---- Packing --------------------------------------------------------------------------------------------------------
 
 // Weights (N, C, kh, kw) or (N, C), with a scale and a shift each or none, one after the other; the first one PConv's
-// or not.
+// or not. `fast`: then PConv's weights of the fast tier, if it has one.
 Tensor pack_weights(const std::vector<Tensor>& weights, const std::vector<OptionalTensor>& scales,
-                    const std::vector<OptionalTensor>& shifts, bool pconv) {
+                    const std::vector<OptionalTensor>& shifts, bool pconv, bool fast) {
   STD_TORCH_CHECK(!weights.empty() && scales.size() == weights.size() && shifts.size() == weights.size(),
                   "fasternet_kernels: pack takes as many scales and shifts as weights, at least one");
   const ScalarType type = weights[0].scalar_type(), compute = compute_type(type);
@@ -164,6 +170,7 @@ Tensor pack_weights(const std::vector<Tensor>& weights, const std::vector<Option
     STD_TORCH_CHECK(weights[i].scalar_type() == type, "fasternet_kernels: pack takes weights of one dtype");
     const int64_t dims = weights[i].dim();
     STD_TORCH_CHECK(dims == 2 || dims == 4, "fasternet_kernels: pack takes weights of 2 or 4 dimensions");
+    STD_TORCH_CHECK(weights[i].numel() > 0, "fasternet_kernels: a weight has no elements");
     keep.push_back(dense(weights[i], stored_type(type)));
     fasternet::Weight item;
     item.data = keep.back().const_data_ptr();
@@ -188,19 +195,23 @@ Tensor pack_weights(const std::vector<Tensor>& weights, const std::vector<Option
     items.push_back(item);
     elements += fasternet::packed_size(item);
   }
+  fast = fast && pconv && type == ScalarType::Float && items[0].n == items[0].c;
+  if (fast) elements += fasternet::packed_fast_size(items[0].dtype, items[0].n);
   Tensor packed = torch::stable::empty({&elements, 1}, compute, std::nullopt, weights[0].device());
   char* to = static_cast<char*>(packed.mutable_data_ptr());
   for (const fasternet::Weight& item : items) {
     fasternet::pack(item, to);
     to += fasternet::packed_size(item) * static_cast<int64_t>(packed.element_size());
   }
+  if (fast) fasternet::pack_fast(items[0], to);
   return packed;
 }
 
 // The op: of several weights, a first one that is 3x3 is PConv's.
-Tensor pack(std::vector<Tensor> weights, std::vector<OptionalTensor> scales, std::vector<OptionalTensor> shifts) {
+Tensor pack(std::vector<Tensor> weights, std::vector<OptionalTensor> scales, std::vector<OptionalTensor> shifts,
+            bool fast) {
   const bool pconv = weights.size() > 1 && weights[0].dim() == 4 && weights[0].size(2) == 3 && weights[0].size(3) == 3;
-  return pack_weights(weights, scales, shifts, pconv);
+  return pack_weights(weights, scales, shifts, pconv, fast);
 }
 
 // ---- PConv ----------------------------------------------------------------------------------------------------------
@@ -231,19 +242,31 @@ void check_pconv(const Tensor& x, const Tensor& weight) {
   check_c_partial(c_partial, x);
 }
 
-// The first c_partial channels of y from x, in a type that the kernels store.
-void pconv_into(const Tensor& x, const Tensor& weight, const Tensor& y) {
-  const Tensor packed = pack_weights({weight}, {std::nullopt}, {std::nullopt}, true);
-  fasternet::pconv3x3(pconv_args(x, y, weight.size(0), packed), torch_threads());
+// Whether the operators on raw weights run the fast tier: in float32, where a PConv has one, and on enough pixels to be
+// worth transforming its weights in the call.
+bool fast_tier(const Tensor& x, const Tensor& w_partial) {
+  constexpr int64_t kPixels = 16384;
+  return x.scalar_type() == ScalarType::Float && w_partial.scalar_type() == ScalarType::Float && x.stride(1) == 1 &&
+         x.size(0) * x.size(2) * x.size(3) >= kPixels &&
+         fasternet::fast_tier_pays(w_partial.size(0), x.size(2), x.size(3));
 }
 
-Tensor pconv3x3(Tensor x, Tensor weight, bool /*fast*/) {
+// The first c_partial channels of y from x, in a type that the kernels store.
+void pconv_into(const Tensor& x, const Tensor& weight, const Tensor& y, bool fast) {
+  fast = fast && fast_tier(x, weight);
+  const Tensor packed = pack_weights({weight}, {std::nullopt}, {std::nullopt}, true, fast);
+  fasternet::PConv3x3 args = pconv_args(x, y, weight.size(0), packed);
+  args.fast = fast;
+  fasternet::pconv3x3(args, torch_threads());
+}
+
+Tensor pconv3x3(Tensor x, Tensor weight, bool fast) {
   check_pconv(x, weight);
   const MemoryFormat format = format_of(x);
   const ScalarType type = weight.scalar_type();
   if (x.scalar_type() == type && type != ScalarType::Half) {
     Tensor y = empty_image(x, x.size(1), x.size(2), x.size(3), type, format);
-    pconv_into(x, weight, y);
+    pconv_into(x, weight, y, fast);
     return y;
   }
   // Autocast or float16: the convolved channels go through the kernel's type, the others are copied as they are.
@@ -252,7 +275,7 @@ Tensor pconv3x3(Tensor x, Tensor weight, bool /*fast*/) {
   Tensor partial = operand(torch::stable::narrow(x, 1, 0, weight.size(0)), type);
   Tensor convolved =
       empty_image(x, weight.size(0), x.size(2), x.size(3), stored_type(type), MemoryFormat::ChannelsLast);
-  pconv_into(partial, weight, convolved);
+  pconv_into(partial, weight, convolved, false);
   Tensor target = torch::stable::narrow(y, 1, 0, weight.size(0));
   torch::stable::copy_(target, cast(convolved, type));
   return y;
@@ -266,7 +289,7 @@ void pconv3x3_(Tensor x, Tensor weight) {
   }
   if (x.numel() == 0) return;
   if (x.scalar_type() == weight.scalar_type() && x.scalar_type() != ScalarType::Half) {
-    pconv_into(x, weight, x);
+    pconv_into(x, weight, x, false);
     return;
   }
   Tensor target = torch::stable::narrow(x, 1, 0, weight.size(0));
@@ -276,29 +299,31 @@ void pconv3x3_(Tensor x, Tensor weight) {
 // ---- PConv + pointwise ----------------------------------------------------------------------------------------------
 
 Tensor run_pconv_pw(const Tensor& x, ScalarType weight_type, const Tensor& packed, int64_t c_partial, int64_t c_out,
-                    const std::string& act) {
+                    const std::string& act, bool fast) {
   const Pixels in(operand(x, weight_type));
   const ScalarType type = in.tensor.scalar_type();
   Tensor y = empty_image(x, c_out, x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
-  fasternet::pconv_pw({dtype_of(type), x.size(0), x.size(1), x.size(2), x.size(3), c_partial, c_out, in.data(),
-                       in.stride, y.mutable_data_ptr(), c_out, packed.const_data_ptr(), fasternet::parse_act(act)},
-                      torch_threads());
+  fasternet::pconv_pw(
+      {dtype_of(type), x.size(0), x.size(1), x.size(2), x.size(3), c_partial, c_out, in.data(), in.stride,
+       y.mutable_data_ptr(), c_out, packed.const_data_ptr(), fasternet::parse_act(act), fast},
+      torch_threads());
   return finish(y, weight_type, format_of(x));
 }
 
 Tensor pconv_pw(Tensor x, Tensor w_partial, Tensor w_pw, OptionalTensor scale, OptionalTensor shift, std::string act,
-                bool /*fast*/) {
+                bool fast) {
   check_pconv(x, w_partial);
   check_size(w_pw, "w_pw", {w_pw.size(0), x.size(1), 1, 1});
-  const Tensor packed = pack({w_partial, w_pw}, {std::nullopt, scale}, {std::nullopt, shift});
-  return run_pconv_pw(x, w_pw.scalar_type(), packed, w_partial.size(0), w_pw.size(0), act);
+  fast = fast && fast_tier(x, w_partial);
+  const Tensor packed = pack({w_partial, w_pw}, {std::nullopt, scale}, {std::nullopt, shift}, fast);
+  return run_pconv_pw(x, w_pw.scalar_type(), packed, w_partial.size(0), w_pw.size(0), act, fast);
 }
 
-Tensor pconv_pw_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_out, std::string act, bool /*fast*/) {
+Tensor pconv_pw_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_out, std::string act, bool fast) {
   check_image(x);
   check_c_partial(c_partial, x);
-  check_pack(packed, x, {{3 * c_partial, 3 * c_partial}, {c_out, x.size(1)}});
-  return run_pconv_pw(x, x.scalar_type(), packed, c_partial, c_out, act);
+  fast &= check_pack(packed, x, {{3 * c_partial, 3 * c_partial}, {c_out, x.size(1)}}, c_partial);
+  return run_pconv_pw(x, x.scalar_type(), packed, c_partial, c_out, act, fast);
 }
 
 // ---- Block ----------------------------------------------------------------------------------------------------------
@@ -306,7 +331,7 @@ Tensor pconv_pw_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_out
 // The convolutions take x in the weights' type, the residual is x as it came, and the output has the wider of the two
 // types.
 Tensor run_block(const Tensor& x, ScalarType weight_type, const Tensor& packed, int64_t c_partial, int64_t c_hidden,
-                 const OptionalTensor& sample_scale, const std::string& act) {
+                 const OptionalTensor& sample_scale, const std::string& act, bool fast) {
   const bool mixed = x.scalar_type() != weight_type;
   const Pixels in(operand(x, weight_type));
   const ScalarType type = in.tensor.scalar_type();
@@ -316,64 +341,80 @@ Tensor run_block(const Tensor& x, ScalarType weight_type, const Tensor& packed, 
   const ScalarType residual_type = mixed && type == ScalarType::BFloat16 ? ScalarType::Float : type;
   const Pixels residual = mixed ? Pixels(cast(x, residual_type)) : in;
   Tensor y = empty_image(x, x.size(1), x.size(2), x.size(3), residual_type, MemoryFormat::ChannelsLast);
-  fasternet::block({dtype_of(type), dtype_of(residual_type), x.size(0), x.size(1), x.size(2), x.size(3), c_partial,
-                    c_hidden, in.data(), in.stride, residual.data(), residual.stride, y.mutable_data_ptr(), x.size(1),
-                    packed.const_data_ptr(), factors ? factors->const_data_ptr() : nullptr, fasternet::parse_act(act)},
-                   torch_threads());
+  fasternet::block(
+      {dtype_of(type), dtype_of(residual_type), x.size(0), x.size(1), x.size(2), x.size(3), c_partial, c_hidden,
+       in.data(), in.stride, residual.data(), residual.stride, y.mutable_data_ptr(), x.size(1), packed.const_data_ptr(),
+       factors ? factors->const_data_ptr() : nullptr, fasternet::parse_act(act), fast},
+      torch_threads());
   return finish(y, wider_type(x.scalar_type(), weight_type), format_of(x));
 }
 
 Tensor block(Tensor x, Tensor w_partial, Tensor w_pw1, Tensor w_pw2, OptionalTensor scale, OptionalTensor shift,
-             OptionalTensor layer_scale, OptionalTensor sample_scale, std::string act, bool /*fast*/) {
+             OptionalTensor layer_scale, OptionalTensor sample_scale, std::string act, bool fast) {
   check_pconv(x, w_partial);
   const int64_t channels = x.size(1), c_hidden = w_pw1.size(0);
   check_size(w_pw1, "w_pw1", {c_hidden, channels, 1, 1});
   check_size(w_pw2, "w_pw2", {channels, c_hidden, 1, 1});
   STD_TORCH_CHECK(x.scalar_type() != ScalarType::Double || w_pw1.scalar_type() == ScalarType::Double,
                   "fasternet_kernels: a float64 x needs float64 weights, or its residual would be rounded");
+  fast = fast && fast_tier(x, w_partial);
   const Tensor packed =
-      pack({w_partial, w_pw1, w_pw2}, {std::nullopt, scale, layer_scale}, {std::nullopt, shift, std::nullopt});
-  return run_block(x, w_pw1.scalar_type(), packed, w_partial.size(0), c_hidden, sample_scale, act);
+      pack({w_partial, w_pw1, w_pw2}, {std::nullopt, scale, layer_scale}, {std::nullopt, shift, std::nullopt}, fast);
+  return run_block(x, w_pw1.scalar_type(), packed, w_partial.size(0), c_hidden, sample_scale, act, fast);
 }
 
 Tensor block_packed(Tensor x, Tensor packed, int64_t c_partial, int64_t c_hidden, OptionalTensor sample_scale,
-                    std::string act, bool /*fast*/) {
+                    std::string act, bool fast) {
   check_image(x);
   check_c_partial(c_partial, x);
   const int64_t channels = x.size(1);
-  check_pack(packed, x, {{3 * c_partial, 3 * c_partial}, {c_hidden, channels}, {channels, c_hidden}});
-  return run_block(x, x.scalar_type(), packed, c_partial, c_hidden, sample_scale, act);
+  fast &=
+      check_pack(packed, x, {{3 * c_partial, 3 * c_partial}, {c_hidden, channels}, {channels, c_hidden}}, c_partial);
+  return run_block(x, x.scalar_type(), packed, c_partial, c_hidden, sample_scale, act, fast);
 }
 
 // ---- Patch convolution ----------------------------------------------------------------------------------------------
 
-Tensor run_patch_conv(const Tensor& image, ScalarType weight_type, const Tensor& packed, int64_t c_out, int64_t kh,
-                      int64_t kw, bool channels_last) {
-  const Tensor x = operand(image, weight_type);
-  Tensor y = empty_image(x, c_out, x.size(2) / kh, x.size(3) / kw, x.scalar_type(), MemoryFormat::ChannelsLast);
-  fasternet::PatchConv args = {};
-  args.dtype = dtype_of(x.scalar_type());
-  args.batch = x.size(0);
-  args.channels = x.size(1);
-  args.height = x.size(2);
-  args.width = x.size(3);
-  args.c_out = c_out;
-  args.kh = kh;
-  args.kw = kw;
-  args.x = x.const_data_ptr();
-  for (int d = 0; d < 4; ++d) args.x_stride[d] = x.stride(d);
-  args.y = y.mutable_data_ptr();
-  args.y_pixel_stride = c_out;
-  args.packed = packed.const_data_ptr();
-  fasternet::patch_conv(args, torch_threads());
-  return finish(y, weight_type, channels_last ? MemoryFormat::ChannelsLast : format_of(image));
-}
+// The arguments of a patch convolution of x, and y, which it writes: dense channels-last memory.
+struct PatchCall {
+  Tensor x, y;
+  fasternet::PatchConv args;
+  PatchCall(const Tensor& image, ScalarType weight_type, const Tensor& packed, int64_t c_out, int64_t kh, int64_t kw)
+      : x(operand(image, weight_type)),
+        y(empty_image(x, c_out, x.size(2) / kh, x.size(3) / kw, x.scalar_type(), MemoryFormat::ChannelsLast)),
+        args() {
+    args.dtype = dtype_of(x.scalar_type());
+    args.batch = x.size(0);
+    args.channels = x.size(1);
+    args.height = x.size(2);
+    args.width = x.size(3);
+    args.c_out = c_out;
+    args.kh = kh;
+    args.kw = kw;
+    args.x = x.const_data_ptr();
+    for (int d = 0; d < 4; ++d) args.x_stride[d] = x.stride(d);
+    args.y = y.mutable_data_ptr();
+    args.y_pixel_stride = c_out;
+    args.packed = packed.const_data_ptr();
+  }
+};
 
-Tensor patch_conv(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shift, bool channels_last) {
+void check_patch_weight(const Tensor& x, const Tensor& weight) {
   check_image(x);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0 && weight.size(1) == x.size(1),
                   "fasternet_kernels: weight does not fit x, expected (C_out, ", x.size(1), ", kh, kw)");
-  const Tensor packed = pack({weight}, {scale}, {shift});
+}
+
+Tensor run_patch_conv(const Tensor& image, ScalarType weight_type, const Tensor& packed, int64_t c_out, int64_t kh,
+                      int64_t kw, bool channels_last) {
+  const PatchCall call(image, weight_type, packed, c_out, kh, kw);
+  fasternet::patch_conv(call.args, torch_threads());
+  return finish(call.y, weight_type, channels_last ? MemoryFormat::ChannelsLast : format_of(image));
+}
+
+Tensor patch_conv(Tensor x, Tensor weight, OptionalTensor scale, OptionalTensor shift, bool channels_last) {
+  check_patch_weight(x, weight);
+  const Tensor packed = pack({weight}, {scale}, {shift}, false);
   return run_patch_conv(x, weight.scalar_type(), packed, weight.size(0), weight.size(2), weight.size(3), channels_last);
 }
 
@@ -404,7 +445,7 @@ Tensor head(Tensor x, Tensor w_conv, OptionalTensor b_conv, Tensor w_fc, Optiona
   STD_TORCH_CHECK(w_conv.dim() == 4 && w_fc.dim() == 2, "fasternet_kernels: w_conv or w_fc has the wrong rank");
   check_size(w_conv, "w_conv", {w_conv.size(0), x.size(1), 1, 1});
   check_size(w_fc, "w_fc", {w_fc.size(0), w_conv.size(0)});
-  const Tensor packed = pack({w_conv, w_fc}, {std::nullopt, std::nullopt}, {b_conv, b_fc});
+  const Tensor packed = pack({w_conv, w_fc}, {std::nullopt, std::nullopt}, {b_conv, b_fc}, false);
   return run_head(x, w_conv.scalar_type(), packed, w_conv.size(0), w_fc.size(0), act);
 }
 
@@ -417,7 +458,7 @@ Tensor head_packed(Tensor x, Tensor packed, int64_t c_mid, int64_t c_out, std::s
 // ---- Network --------------------------------------------------------------------------------------------------------
 
 // plan: five integers a step, (kind, a, b, c, act) of fasternet::NetworkStep; packs: one a step that has weights.
-std::vector<Tensor> network(Tensor x, std::vector<Tensor> packs, std::vector<int64_t> plan, bool /*fast*/) {
+std::vector<Tensor> network(Tensor x, std::vector<Tensor> packs, std::vector<int64_t> plan, bool fast) {
   using Kind = fasternet::NetworkStep::Kind;
   check_image(x);
   STD_TORCH_CHECK(plan.size() % 5 == 0, "fasternet_kernels: plan has ", plan.size(), " integers, expected 5 a step");
@@ -437,7 +478,7 @@ std::vector<Tensor> network(Tensor x, std::vector<Tensor> packs, std::vector<int
     STD_TORCH_CHECK(plan[i + 4] >= 0 && plan[i + 4] <= 5, "fasternet_kernels: plan has an unknown activation");
     const Kind kind = static_cast<Kind>(plan[i]);
     const auto step_act = static_cast<fasternet::Act>(plan[i + 4]);
-    fasternet::NetworkStep step = {kind, plan[i + 1], plan[i + 2], plan[i + 3], step_act, nullptr};
+    fasternet::NetworkStep step = {kind, plan[i + 1], plan[i + 2], plan[i + 3], step_act, nullptr, false};
     if (step.kind != Kind::kEmit) {
       STD_TORCH_CHECK(next_pack < packs.size(), "fasternet_kernels: plan needs more packs than the ", packs.size(),
                       " given");
@@ -446,7 +487,9 @@ std::vector<Tensor> network(Tensor x, std::vector<Tensor> packs, std::vector<int
         check_pack(packed, in, {{step.a, channels * step.b * step.c}});
         channels = step.a;
       } else if (step.kind == Kind::kBlock) {
-        check_pack(packed, in, {{3 * step.a, 3 * step.a}, {step.b, channels}, {channels, step.b}});
+        const bool has_fast =
+            check_pack(packed, in, {{3 * step.a, 3 * step.a}, {step.b, channels}, {channels, step.b}}, step.a);
+        step.fast = fast && has_fast;
       } else {
         check_pack(packed, in, {{step.a, channels}, {step.b, step.a}});
         channels = step.b;
@@ -536,6 +579,15 @@ void statistics_of(const Tensor& z, const Tensor& mean, const Tensor& m2) {
   }
 }
 
+// What a kernel returned of z, which it stored in another type where the weights are float16, and its statistics.
+std::tuple<Tensor, Tensor, Tensor> with_statistics(const Tensor& z, const Tensor& mean, const Tensor& m2,
+                                                   ScalarType type, MemoryFormat format) {
+  if (type != ScalarType::Half) return {finish(z, type, format), mean, m2};
+  const Tensor stored = cast(z, type);
+  statistics_of(cast(stored, z.scalar_type()), mean, m2);
+  return {finish(stored, type, format), mean, m2};
+}
+
 std::tuple<Tensor, Tensor, Tensor> pw_stats(Tensor x, Tensor w_partial, Tensor w_pw) {
   check_pconv(x, w_partial);
   const int64_t c_out = w_pw.size(0);
@@ -550,12 +602,7 @@ std::tuple<Tensor, Tensor, Tensor> pw_stats(Tensor x, Tensor w_partial, Tensor w
                        in.stride, partial.const_data_ptr(), pw.const_data_ptr(), z.mutable_data_ptr(),
                        mean.mutable_data_ptr(), m2.mutable_data_ptr()},
                       torch_threads());
-  if (weight_type == ScalarType::Half) {
-    const Tensor stored = cast(z, weight_type);
-    statistics_of(cast(stored, type), mean, m2);
-    return {finish(stored, weight_type, format_of(x)), mean, m2};
-  }
-  return {finish(z, weight_type, format_of(x)), mean, m2};
+  return with_statistics(z, mean, m2, weight_type, format_of(x));
 }
 
 std::tuple<Tensor, Tensor, Tensor> pw_stats_backward(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z,
@@ -831,13 +878,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> block
           g.dsample_scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tensor x, Tensor weight,
-                                                               OptionalTensor scale, OptionalTensor shift,
-                                                               std::vector<bool> output_mask) {
-  check_image(x);
-  check_mask(output_mask, 4);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.numel() > 0 && weight.size(1) == x.size(1),
-                  "fasternet_kernels: weight does not fit x, expected (C_out, ", x.size(1), ", kh, kw)");
+// The statistics of patch_stats with their gradients.
+struct PatchStatistics {
+  Pixels z;
+  Tensor mean, dmean, dm2;
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> patch_gradients(const Tensor& grad, const Tensor& x, const Tensor& weight,
+                                                           const OptionalTensor& scale, const OptionalTensor& shift,
+                                                           const std::vector<bool>& mask,
+                                                           const std::optional<PatchStatistics>& statistics) {
+  check_patch_weight(x, weight);
   const int64_t c_out = weight.size(0), kh = weight.size(2), kw = weight.size(3);
   check_size(grad, "grad", {x.size(0), c_out, x.size(2) / kh, x.size(3) / kw});
   check_size(scale, "scale", {c_out});
@@ -848,10 +899,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tens
   const Tensor w = dense(weight, type);
   const OptionalTensor factor = dense(scale, compute);
   OptionalTensor dx, dscale, dshift;
-  if (output_mask[0]) dx = empty_image(x, x.size(1), x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
-  const OptionalTensor dw = wanted(output_mask[1], w, type);
-  if (output_mask[2]) dscale = empty_like(*scale, compute);
-  if (output_mask[3]) dshift = empty_like(*shift, compute);
+  if (mask[0]) dx = empty_image(x, x.size(1), x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
+  const OptionalTensor dw = wanted(mask[1], w, type);
+  if (mask[2]) dscale = empty_like(*scale, compute);
+  if (mask[3]) dshift = empty_like(*shift, compute);
   fasternet::PatchConvBackward args = {};
   args.dtype = dtype_of(type);
   args.batch = in.size(0);
@@ -867,6 +918,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tens
   for (int d = 0; d < 4; ++d) args.x_stride[d] = in.stride(d);
   args.weight = w.const_data_ptr();
   args.scale = const_pointer(factor);
+  if (statistics) {
+    args.y = statistics->z.data();
+    args.y_pixel_stride = statistics->z.stride;
+    args.mean = statistics->mean.const_data_ptr();
+    args.dmean = statistics->dmean.const_data_ptr();
+    args.dm2 = statistics->dm2.const_data_ptr();
+  }
   args.dx = pointer(dx);
   args.dweight = pointer(dw);
   args.dscale = pointer(dscale);
@@ -875,6 +933,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tens
   return {dx ? finish(*dx, x.scalar_type(), format_of(x)) : no_gradient(grad), gradient(dw, weight.scalar_type(), grad),
           gradient(dscale, scale ? scale->scalar_type() : compute, grad),
           gradient(dshift, shift ? shift->scalar_type() : compute, grad)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> patch_conv_backward(Tensor grad, Tensor x, Tensor weight,
+                                                               OptionalTensor scale, OptionalTensor shift,
+                                                               std::vector<bool> output_mask) {
+  check_mask(output_mask, 4);
+  return patch_gradients(grad, x, weight, scale, shift, output_mask, std::nullopt);
+}
+
+std::tuple<Tensor, Tensor, Tensor> patch_stats(Tensor x, Tensor weight) {
+  check_patch_weight(x, weight);
+  const ScalarType weight_type = weight.scalar_type();
+  const int64_t c_out = weight.size(0);
+  const Tensor packed = pack({weight}, {std::nullopt}, {std::nullopt}, false);
+  const PatchCall call(x, weight_type, packed, c_out, weight.size(2), weight.size(3));
+  const ScalarType compute = compute_type(call.x.scalar_type());
+  const Tensor mean = filled(c_out, 0, x, compute), m2 = filled(c_out, 0, x, compute);
+  fasternet::patch_stats({call.args, mean.mutable_data_ptr(), m2.mutable_data_ptr()}, torch_threads());
+  return with_statistics(call.y, mean, m2, weight_type, MemoryFormat::ChannelsLast);
+}
+
+std::tuple<Tensor, Tensor> patch_stats_backward(Tensor dz, Tensor dmean, Tensor dm2, Tensor x, Tensor z, Tensor mean,
+                                                Tensor weight, std::vector<bool> output_mask) {
+  check_patch_weight(x, weight);
+  check_mask(output_mask, 2);
+  const int64_t c_out = weight.size(0);
+  check_size(z, "z", {x.size(0), c_out, x.size(2) / weight.size(2), x.size(3) / weight.size(3)});
+  check_size(dmean, "dmean", {c_out});
+  check_size(dm2, "dm2", {c_out});
+  check_size(mean, "mean", {c_out});
+  const ScalarType compute = compute_type(stored_type(weight.scalar_type()));
+  const PatchStatistics statistics = {Pixels(operand(z, weight.scalar_type())), dense(mean, compute),
+                                      dense(dmean, compute), dense(dm2, compute)};
+  const auto [dx, dw, no_scale, no_shift] = patch_gradients(dz, x, weight, std::nullopt, std::nullopt,
+                                                            {output_mask[0], output_mask[1], false, false}, statistics);
+  return {dx, dw};
 }
 
 }  // namespace
@@ -902,6 +996,8 @@ STABLE_TORCH_LIBRARY_IMPL(fasternet_kernels, CPU, m) {
   m.impl("pconv_pw_backward", TORCH_BOX(&pconv_pw_backward));
   m.impl("block_backward", TORCH_BOX(&block_backward));
   m.impl("patch_conv_backward", TORCH_BOX(&patch_conv_backward));
+  m.impl("patch_stats", TORCH_BOX(&patch_stats));
+  m.impl("patch_stats_backward", TORCH_BOX(&patch_stats_backward));
 }
 
 // What library.py asks once torch has loaded this library and registered its operators: whether they can run, and as

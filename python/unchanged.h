@@ -1,6 +1,6 @@
 // fasternet_runtime._unchanged: whether Python objects are still what they were. An accelerated network asks it before
-// every call (fasternet_kernels/watch.py says what of a model is watched), some 1500 questions of a few nanoseconds
-// each. It knows nothing of torch: what reads a tensor's version and address are arguments.
+// every call (fasternet_kernels/watch.py says what of a model is watched), over a thousand questions of a few
+// nanoseconds each. It knows nothing of torch: what reads a tensor's version and address are arguments.
 #pragma once
 
 #include <Python.h>

@@ -29,6 +29,8 @@ COMPILED = (
     "network",
     "pw_stats",
     "pw_stats_backward",
+    "patch_stats",
+    "patch_stats_backward",
     "bn_act",
     "bn_act_backward",
     "act_pw_residual",

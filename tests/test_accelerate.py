@@ -10,7 +10,6 @@ import re
 from functools import partial
 
 import pytest
-import timm_import
 import torch
 import wild
 from cases import generator, randn
@@ -18,8 +17,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fasternet_kernels as fk
+from bench import zoo
 
-timm = timm_import.import_timm()
+timm = zoo.import_timm()
 
 VARIANTS = [f"fasternet_{size}" for size in ("t0", "t1", "t2", "s", "m", "l")]
 SIZES = [(224, 224), (192, 256), (97, 131)]
@@ -102,6 +102,48 @@ def test_timm_in_eval(name):
         for batch in (1, 5):
             wild.assert_agree(fast, plain, image(batch), "logits")
         assert len(wild.assert_agree(fast, plain, image(2), "feature", features)) == 4
+
+
+@pytest.mark.parametrize(
+    "name", [*VARIANTS[1:4], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[4:])]
+)
+def test_fast_tier(name, threads):
+    """A network's error against float64 is within the documented 2e-5, as one op and module by
+    module; copies keep the choice, and restoring it, training and gradients are as without it."""
+    plain, default = twins(partial(timm.create_model, name))
+    fast = fk.accelerate(copy.deepcopy(plain), fast=True)
+    assert fk.report(fast).fast and "fast tier" in str(fk.report(fast))
+    assert not fk.report(default).fast and "fast tier" not in str(fk.report(default))
+    x = image(1, 224, 224)
+    with torch.no_grad():
+        exact = copy.deepcopy(plain).double()(x.double())
+        logits = fast(x)
+        assert not torch.equal(logits, default(x))
+        copies = [copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))]
+        for model in copies:
+            assert torch.equal(model(x), logits)
+        outputs = [(logits, exact)]
+        exact_features = features(copy.deepcopy(plain).double(), x.double())
+        outputs += zip(features(fast, x), exact_features)
+        for got, expected in outputs:
+            assert float((got.double() - expected).norm() / expected.norm()) <= 2e-5
+        assert torch.equal(fk.restore(copies[0])(x), plain(x))
+        assert torch.equal(fk.accelerate(copies[1])(x), default(x))
+        small = image(1)
+        assert torch.equal(fast.bfloat16()(small.bfloat16()), default.bfloat16()(small.bfloat16()))
+        fast, default = fast.float(), default.float()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(fast(small), default(small))
+        several = image(3, 224, 224)
+        assert torch.equal(fast(several[1:2]), fast(several)[1:2])
+        logits = fast(x)
+        threads(1)
+        assert torch.equal(fast(x), logits)
+    assert torch.equal(fast(small), default(small))  # with gradients on
+    torch.manual_seed(0)
+    expected = default.train()(image(2))
+    torch.manual_seed(0)
+    assert torch.equal(fast.train()(image(2)), expected)
 
 
 @pytest.mark.parametrize("name", VARIANTS[:2])
@@ -203,11 +245,11 @@ def test_timm_in_eval_at_all_sizes(variant, size, batch):
 @pytest.mark.parametrize("batch", [1, 5])
 @pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
 def test_timm_in_training_at_all_sizes(variant, size, batch):
-    plain, fast = (copy.deepcopy(model).train() for model in variant[0])
-    # A ReLU's gradient jumps where a value near 0 rounds to its other side: not so in float64.
-    gelu = any(isinstance(m, nn.GELU) for m in plain.modules())
-    dtype = torch.float32 if gelu else torch.float64
-    wild.assert_same_step(fast.to(dtype), plain.to(dtype), image(batch, *size, dtype=dtype))
+    # In float32 a whole step's gradients are rounding noise grown over all layers: a fifth of those
+    # of T0 and T1 have maximum errors that differ by more than twice between eager's own two
+    # layouts. Each op holds float32 by itself; here it is the wiring.
+    plain, fast = (copy.deepcopy(model).double().train() for model in variant[0])
+    wild.assert_same_step(fast, plain, image(batch, *size, dtype=torch.float64))
 
 
 # ---- What stays the same -------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fasternet_kernels as fk
-from bench import plot, report, results, session, stats, workloads
+from bench import pages, plot, published, report, results, session, stats, tables, workloads, zoo
 from bench.__main__ import _parser, main, specs
 from bench.providers import PEERS, PROVIDERS, available
 from fasternet_kernels import models, timing
@@ -116,7 +116,7 @@ def test_mobilenet_is_timms():
     """With BatchNorm and activation apart it is the network that it was, and it can be folded."""
     workload = workloads.find("mobilenetv2_100")
     try:
-        timm = workloads._import_timm()
+        timm = zoo.import_timm()
     except ImportError as error:
         pytest.skip(str(error))
     module, x = workload.build().double(), workloads.images(workload, 1).double()
@@ -158,8 +158,8 @@ def test_there_is_a_chain_for_each_stage_and_act():
 
 
 def test_unknown_workload():
-    with pytest.raises(ValueError, match="no workload 'resnet50'"):
-        workloads.find("resnet50")
+    with pytest.raises(ValueError, match="no workload 'resnet51'"):
+        workloads.find("resnet51")
 
 
 @pytest.mark.parametrize(
@@ -170,6 +170,9 @@ def test_unknown_workload():
         "patch_conv_t0_stage4",
         "head_t0",
         "t0_stage4_gelu",
+        "pconv3x3_768x7",
+        "pconv3x3_inplace_768x7",
+        "pconv_pw_768x7",
     ],
 )
 def test_ours_computes_the_workload(name):
@@ -324,6 +327,20 @@ def test_specs():
     rivals = {(w, p) for w, p, _ in first.contenders() if w != "fasternet_t0"}
     assert rivals == {("mobilenetv2_100", p) for p in PROVIDERS if not p.startswith("ours")}
 
+    networks = planned("networks", "--threads", "1")
+    together = next(spec for spec in networks if "mobilenetv2_100" in spec.workloads)
+    assert together.workloads[0] == "fasternet_t0"  # so that their rounds can be compared
+    assert ("mobilenetv2_100", "openvino", "fp32") in set(together.contenders())
+    measured = [w for spec in networks for w in spec.workloads]
+    assert {s.name for s in zoo.SYSTEMS} | {f"fasternet_{n}" for n in workloads.NETWORKS} == set(
+        measured
+    )
+    assert len(set(networks)) == len(networks)
+    operators = planned("operators")
+    assert {spec.threads for spec in operators} >= {1}
+    sides = [name.rpartition("_")[2] for spec in operators for name in spec.workloads]
+    assert set(sides) == {"96x56", "192x28", "384x14", "768x7"}
+    assert not any("ours" in p for w, p, _ in operators[0].contenders() if w.startswith("dwconv"))
     streams = planned("networks", "--only", "s", "--threads", "1,2", "--mode", "streams")
     assert [(s.workloads, s.threads, s.mode) for s in streams] == [(("fasternet_s",), 2, "streams")]
     (bf16,) = planned(
@@ -469,6 +486,142 @@ SYNTHETIC = [
 ]
 
 
+def layer(name, provider, median_ms, threads=1, **changes):
+    values = {"kind": "layers", "workload": name, "threads": threads, "act": "", "gflop": 1.0}
+    values |= {"peak_gflop_per_s": 200.0, "gflop_per_s": 1e3 / median_ms, "session": "layers"}
+    return row(provider, median_ms, **(values | changes))
+
+
+COMPARED = [
+    *(row(p, m) for p, m in (("openvino", 6.0), ("onnxruntime", 8.0), ("ours", 4.0))),
+    row("openvino", 3.0, workload="mobilenetv2_100"),
+    row("onnxruntime", 12.0, workload="mobilevit_xxs", height=256, width=256),
+    failed("openvino", "no such layer", workload="mobilevit_xxs"),
+    row("onnxruntime", 5.0, workload="edgenext_xx_small"),
+    failed("onnxruntime", "cannot be exported", workload="fbnetc_100"),
+    *(
+        layer(f"{name}_{c}x{side}", provider, median)
+        for c, side in workloads.MAPS[:2]
+        for name, provider, median in (
+            ("dwconv3x3", "eager_nchw", 2.0),
+            ("pconv3x3", "eager_nchw", 4.0),
+            ("pconv3x3", "ours", 1.0),
+            ("pconv_pw", "eager_nchw", 6.0),
+            ("pconv_pw", "ours", 3.0),
+            ("dwconv_pw", "openvino", 4.0),
+        )
+    ),
+]
+
+
+def lines_of(text):
+    cells = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return {line[0]: line[1:] for line in cells}
+
+
+def test_networks_beside_each_other():
+    pair = tables.beside(COMPARED, "fasternet_t0", "mobilevit_xxs", 1)
+    assert (pair.rival.provider, pair.general.provider) == ("onnxruntime", "openvino")
+    assert pair.ratio == (3.0, 3.0, 3.0)
+    assert pair.general_ratio == (2.0, 2.0, 2.0)
+    apart = [dataclasses.replace(COMPARED[2], session="r1/9"), *COMPARED[3:]]
+    assert tables.beside(apart, "fasternet_t0", "mobilevit_xxs", 1) is None
+    later = row("onnxruntime", 4.0, workload="mobilevit_xxs", session="r2")
+    assert tables.beside([*COMPARED, later], "fasternet_t0", "mobilevit_xxs", 1) == pair
+
+    rivals = lines_of(tables.rivals_text(COMPARED))
+    assert rivals["MobileViT-XXS"] == [
+        "69.0 %", "3.35x", "2.00x (2.00 to 2.00)", "3.00x (3.00 to 3.00)"
+    ]  # fmt: skip
+    assert rivals["MobileNetV2"][-1] == "0.75x (0.75 to 0.75)"  # a loss is shown
+    text = tables.networks_text(COMPARED)
+    table = lines_of(text)
+    assert table["**FasterNet-T0**"][3:5] == ["4.00", "fasternet_kernels"]
+    assert table["MobileViT-XXS"][-1] == "3.00x (3.00 to 3.00) (T0)"
+    assert table["FBNet-C"][3:] == ["-", "-", "-"]
+    assert "- FBNet-C, ONNX Runtime: cannot be exported" in text
+    for name in ("HorNet", "TRT-ViT", "PP-PicoDet"):
+        assert name in tables.left_out_text()
+    assert "python -m bench networks" in tables.networks_text([])
+
+
+def test_operators_and_conclusions():
+    text = tables.operators_text(COMPARED)
+    assert (
+        "| PConv, split and cat | fasternet_kernels | 1.00 (1000) | 1.00 (1000) | - | - |" in text
+    )
+    assert "| dense 3x3 | the paper, i9-9900X, eager | 35.67 |" in text
+    assert "| PConv + 1x1 here | 1.33x (1.33 to 1.33) |" in text
+    claims = lines_of(tables.conclusions_text(COMPARED))
+    viT = claims["FasterNet-T0 is faster than MobileViT-XXS"]
+    assert (viT[0], viT[-1]) == ("3.35x", "holds; less than published")
+    assert claims["FasterNet-T0 is faster than MobileNetV2"][-1] == "does not hold"
+    assert claims["FasterNet-L is faster than Swin-B"][-1] == "not measured"
+    flops = claims["PConv does more FLOPS than depthwise, 96x56x56"]
+    assert flops[1:3] == ["0.50x (0.50 to 0.50)", "2.00x (2.00 to 2.00)"]
+    assert flops[3] == "only with these kernels; less than published"
+    wide = stats.Interval(1.1, 0.9, 1.3)
+    assert tables.verdict(None, wide, 1.0).startswith("undecided")
+    assert "python -m bench operators" in tables.operators_text([])
+
+
+def test_published_figures():
+    """Every network has an accuracy and a cost, every figure a source."""
+    figures = published.read()
+    names = [f"fasternet_{n}" for n in workloads.NETWORKS] + [s.name for s in zoo.SYSTEMS]
+    for name in names:
+        assert 60 < figures.number(name, "top1") < 90
+        assert 0.1 < figures.number(name, "gmacs") < 20
+    assert all(figure.source.startswith("arXiv ") for figure in figures.figures.values())
+    assert set(figures.subjects("top1")) == set(names)
+    found = workloads.all_workloads()
+    for subject in figures.subjects("mmacs"):
+        macs = found[subject].flops(1) / MAC / 1e6
+        assert figures.number(subject, "mmacs") == pytest.approx(macs, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["mobileone_s0", "edgenext_xx_small", "shufflenet_v2_x1_5"])
+def test_networks_of_others(name):
+    """They are what was published, and an exporter reads them."""
+    try:
+        zoo.import_timm()
+    except ImportError as error:
+        pytest.skip(str(error))
+    workload = workloads.find(name)
+    assert workload.flops(1) == pytest.approx(workload.about_flops(1), rel=0.05)
+    assert not any("ours" in provider for provider in workload.providers)
+
+
+def test_a_network_that_cannot_be_exported_costs_its_own_row(monkeypatch, tmp_path):
+    """Its row says why, no process is asked, and the network beside it is measured."""
+    if reason := available("onnxruntime"):
+        pytest.skip(reason)
+
+    class Unexportable(torch.nn.Module):
+        def forward(self, x):
+            return torch.linalg.lstsq(x[0, 0], x[0, 0]).solution[None]
+
+    def contender(name, make):
+        readers = workloads.ONNX_READERS
+        shape = (3, 16, 16)
+        workload = workloads.Workload(name, "network", shape, "", make, readers, False)
+        process = FakeProcess(session._exact(workload, 1, "fp32").astype(np.float32))
+        return session.Contender(workload, "onnxruntime", "fp32", [process])
+
+    monkeypatch.setattr(session, "CACHE", tmp_path)
+
+    def fine():
+        return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten())
+
+    both = [contender("bad", Unexportable), contender("good", fine)]
+    for one in both:
+        one.prepare(session.Task(one.workload.name, 1, 1, "fp32", tmp_path / "unused.npy"))
+    bad, good = both
+    assert "linalg_lstsq" in bad.status
+    assert bad.burst(session.QUICK, 1, streams=False) == ()
+    assert good.status == "ok"
+
+
 def test_tables():
     lines = report.readme_text(SYNTHETIC).splitlines()
     header = next(line for line in lines if line.startswith("|"))
@@ -482,26 +635,70 @@ def test_tables():
     assert mobilenet == "| mobilenetv2_100 | - | **3.00** | - | - |"
 
 
-def test_readme_is_written_between_its_markers(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text(f"above\n{report.BEGIN}\nof before\n{report.END}\nbelow\n")
+def marked(*names):
+    return "".join(
+        f"above {n}\n<!-- {n}: generated by `python -m bench readme` -->\nof before\n"
+        f"<!-- {n}: end -->\nbelow {n}\n"
+        for n in names
+    )
+
+
+def test_pages_are_written_between_their_marks(tmp_path):
+    (tmp_path / "docs").mkdir()
+    readme, page = tmp_path / "README.md", tmp_path / "docs" / "page.md"
+    readme.write_text(marked("speed", "chart"))
+    page.write_text(marked("left-out", "chart-accuracy", "chart-roofline"))
     for _ in range(2):
-        report.update_readme(SYNTHETIC, path)
-        text = path.read_text()
-        assert text.startswith(f"above\n{report.BEGIN}\n\n")
-        assert text.endswith(f"\n\n{report.END}\nbelow\n")
-        assert "of before" not in text
-    assert text.count("| fasternet_t0 |") == 2
-    path.write_text("no markers")
-    with pytest.raises(ValueError, match="no line"):
-        report.update_readme(SYNTHETIC, path)
+        pages.update(COMPARED, tmp_path)
+        text = readme.read_text()
+        assert text.startswith("above speed\n<!-- speed: generated")
+        assert text.endswith("<!-- chart: end -->\nbelow chart\n")
+        assert "of before" not in text + page.read_text()
+        assert "(docs/charts/accuracy_threads1.svg)" in text
+        assert "(charts/accuracy_threads1.svg)" in page.read_text()
+        assert "No chart yet" in page.read_text()  # of chains
+    assert text.count("| fasternet_t0 |") == 1
+    drawn = {file.name for file in (tmp_path / "docs" / "charts").iterdir()}
+    assert {"accuracy_threads1.svg", "speedup_threads1.svg"} <= drawn
+    for wrong, why in (
+        (marked("speed").replace("<!-- speed: end -->", ""), "lacks its first or its last line"),
+        (marked("speed").replace(": generated by", ": made by"), "lacks its first or its last"),
+        (marked("sped"), "no generated block 'sped'"),
+    ):
+        readme.write_text(wrong)
+        with pytest.raises(ValueError, match=f"README.md: .*{why}"):
+            pages.update(COMPARED, tmp_path)
+        assert readme.read_text() == wrong
 
 
-def test_readme_is_what_the_results_say():
-    readme = (results.ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.fixture(scope="module")
+def committed():
+    """The rows of the newest CSV, and what they draw."""
     newest = results.newest_file()
     rows = results.read(newest) if newest else []
-    assert report.with_tables(readme, rows) == readme, "run python -m bench readme"
+    return rows, plot.figures(rows) if rows else {}
+
+
+@pytest.mark.parametrize("path", pages.page_files(results.ROOT), ids=lambda path: path.name)
+def test_pages_are_what_the_results_say(path, committed):
+    rows, charts = committed
+    page = path.read_text(encoding="utf-8")
+    folder = "docs/charts" if path.name == "README.md" else "charts"
+    same = pages.with_blocks(page, rows, list(charts), folder)
+    assert same == page, "run python -m bench readme"
+
+
+def test_committed_charts_are_what_the_results_say(committed, tmp_path):
+    """Byte for byte where the same matplotlib drew them."""
+    import matplotlib
+
+    _, charts = committed
+    for file in sorted((results.ROOT / pages.FOLDER).glob("*.svg")):
+        assert file.stem in charts, "run python -m bench readme"
+        text = file.read_text(encoding="utf-8")
+        if f"Matplotlib v{matplotlib.__version__}," in text:
+            (again,) = plot.save({file.stem: charts[file.stem]}, tmp_path, ["svg"])
+            assert again.read_text(encoding="utf-8") == text, "run python -m bench readme"
 
 
 def test_charts(tmp_path):
@@ -513,8 +710,9 @@ def test_charts(tmp_path):
         ),
     ]
     files = plot.draw(rows, tmp_path)
-    names = ["latency_batch1_threads1", "latency_batch1_threads2", "peak_share_threads1"]
-    assert [f.name for f in files] == [f"{n}.{end}" for n in names for end in ("svg", "png")]
+    names = {"latency_batch1_threads1", "latency_batch1_threads2", "peak_share_threads1"}
+    names |= {"speedup_threads1", "speedup_threads2"}
+    assert {f.name for f in files} == {f"{n}.{end}" for n in names for end in ("svg", "png")}
     assert all(f.stat().st_size > 5_000 for f in files)
     again = plot.draw(rows, tmp_path / "again")
     assert files[0].read_bytes() == again[0].read_bytes()

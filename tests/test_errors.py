@@ -275,3 +275,23 @@ def test_more_than_2_31_elements():
     assert torch.equal(y[:, :, -4:], expected[:, :, -4:])
     fk.pconv3x3_(x, weight)
     assert torch.equal(x[:, :, -4:], expected[:, :, -4:])
+
+
+def test_weights_without_elements():
+    """Refused by the functions and, for callers of the raw ops, by the compiled kernels."""
+    x = image(CASE)
+    with pytest.raises(ValueError, match=r"w_pw has shape \(0, 40, 1, 1\), expected at least one"):
+        call_pconv_pw(w_pw=torch.zeros(0, 40, 1, 1), scale=None, shift=None)
+    none = {"w_pw1": torch.zeros(0, 40, 1, 1), "w_pw2": torch.zeros(40, 0, 1, 1)}
+    with pytest.raises(ValueError, match=r"w_pw1 has shape .* expected at least one element"):
+        call_block(**none, scale=None, shift=None)
+    ops, w = torch.ops.fasternet_kernels, weights(CASE)
+    with torch.no_grad():
+        for call in (
+            lambda: ops.head(x, torch.zeros(0, 40, 1, 1), None, torch.zeros(5, 0), None, "relu"),
+            lambda: ops.block(x, w["w_partial"], *none.values(), None, None, None, None, "relu"),
+            lambda: ops.pack([torch.zeros(0, 40)], [None], [None]),
+            lambda: ops.patch_conv(x, torch.zeros(0, 40, 2, 2), None, None),
+        ):
+            with pytest.raises(RuntimeError, match=r"elements|does not fit"):
+                call()

@@ -9,10 +9,10 @@ import sys
 import pytest
 import torch
 from safetensors.torch import save_file
-from timm_import import import_timm
 from torch import nn
 
 import fasternet_kernels.models as models
+from bench.zoo import import_timm
 
 timm = import_timm()
 

@@ -454,6 +454,27 @@ def test_autocast(name, mode, dtype):
         wild.assert_agree(ours, plain, image(), run=run, computed_in=dtype)
 
 
+@pytest.mark.parametrize("mode", ["eval", "eval with gradients", "train"])
+@pytest.mark.parametrize("layer_scale", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_autocast_of_a_block_s_dtypes(dtype, layer_scale, mode):
+    """layer_scale is float32 and widens the sum; without it a 16-bit image stays one."""
+    ours, plain = block(layer_scale=layer_scale)
+    wild.randomise(plain)
+    ours.load_state_dict(plain.state_dict())
+    x = image().to(dtype)
+    outputs, gradients = [], []
+    for model in (ours.train(mode == "train"), plain.train(mode == "train")):
+        leaf = x.clone().requires_grad_(mode != "eval")
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(mode != "eval"):
+            outputs.append(model(leaf))
+        if mode != "eval":
+            outputs[-1].float().square().sum().backward()
+            gradients.append([leaf.grad.dtype, *(p.grad.dtype for p in model.parameters())])
+    assert outputs[0].dtype == outputs[1].dtype
+    assert gradients[:1] == gradients[1:]
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", KINDS)
 def test_autocast_gradients(name, training):

@@ -95,7 +95,8 @@ def faults(b):
             found.append("no tensor-core instructions")
         # A warpgroup's instruction is 64 rows.
         wide = b.num_warps % 4 == 0 and all(m >= 64 for m, _, _ in b.dots)
-        if tuple(b.capability) == (9, 0) and wide and b.matrix_instructions != "HGMMA":
+        hopper = tuple(b.capability) == (9, 0)
+        if b.matrix_instructions and hopper and wide and b.matrix_instructions != "HGMMA":
             found.append(f"{b.matrix_instructions} where HGMMA was possible")
         # A weight gradient of taps gathers rows of C_partial channels, which nothing aligns.
         gathers = b.constants.get("OPERAND") == "taps"

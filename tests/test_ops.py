@@ -248,6 +248,97 @@ def test_pack_layout(n, c, k, dtype):
     assert torch.equal(got_shift, shift) and not no_shift.any()
 
 
+@pytest.mark.parametrize("c_partial", [16, 24, 36, 40, 72])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_pack_for_the_fast_tier(c_partial, dtype):
+    """It starts with the same bytes; the transformed weights behind them agree with the reference's
+    to the last place, as the order of their sums is not the same."""
+    w = weights(Case(1, 2 * c_partial, 1, 1, n_div=2), DTYPES[dtype])
+    args = [w["w_partial"], w["w_pw1"]], [None, w["scale"]], [None, w["shift"]]
+    pack, fast = OPS.pack(*args), OPS.pack(*args, True)
+    expected = reference.pack(*args, True)
+    has_fast = dtype == "fp32" and c_partial not in (16, 36)
+    assert (fast.numel() > pack.numel()) == has_fast and fast.shape == expected.shape
+    assert torch.equal(fast[: pack.numel()], pack)
+    eps = torch.finfo(torch.float32).eps
+    torch.testing.assert_close(fast, expected, rtol=eps, atol=eps * 2**-24)
+
+
+FAST_CASES = [c for c in STAGES if c.height >= 14 and c.c_partial >= 24] + [
+    Case(2, 96, 17, 15),
+    Case(1, 48, 15, 173, n_div=2, act="gelu"),
+    Case(3, 96, 28, 14, extra=8),
+]
+
+
+@pytest.mark.parametrize("case", FAST_CASES, ids=lambda c: c.id)
+def test_fast_tier(case):
+    """A whole block, in which the convolution is one of three, is within the default tier's own
+    criterion; only special values may stand elsewhere."""
+    x, w = image(case), weights(case)
+    exact = plain_block(double(x), **double(w), act=case.act)
+    args = [w[n] for n in ("w_partial", "w_pw1", "w_pw2")]
+    pack = OPS.pack(args, [None, w["scale"], w["layer_scale"]], [None, w["shift"], None], True)
+    packed = pack, case.c_partial, case.c_hidden, w["sample_scale"], case.act
+    with torch.no_grad():
+        default = OPS.block_packed(x, *packed)
+        fast = OPS.block_packed(x, *packed, True)
+        assert torch.equal(OPS.block_packed(x, *packed, True), fast)
+        assert torch.equal(
+            fk.fasternet_block(x, **w, act=case.act), default
+        )  # a pack for the fast tier does not change the default one
+    assert_right(fast, exact, plain_block(x, **w, act=case.act))
+    assert torch.equal(fast, default) == (case.c_partial % 8 != 0)
+
+
+FAST_TIER = 2e-5  # what the fast tier promises of a network, relative to float64
+
+
+@pytest.mark.parametrize("case", [Case(6, 128, 56, 56), Case(25, 96, 27, 31)], ids=lambda c: c.id)
+def test_fast_functions(case):
+    """On enough pixels the functions transform the weights themselves; gradients never do."""
+    x, w = image(case), weights(case)
+    calls = {
+        "pconv3x3": lambda fast: fk.pconv3x3(x, w["w_partial"], fast=fast),
+        "pconv_pw": lambda fast: fk.pconv_pw(x, w["w_partial"], w["w_pw1"], fast=fast),
+        "block": lambda fast: fk.fasternet_block(x, **w, fast=fast),
+    }
+    d, wide = double(x), double(w)
+    exactly = {
+        "pconv3x3": lambda: plain_pconv(d, wide["w_partial"]),
+        "pconv_pw": lambda: plain_pconv_pw(d, wide["w_partial"], wide["w_pw1"], None, None, "relu"),
+        "block": lambda: plain_block(d, **wide),
+    }
+    for name, call in calls.items():
+        direct = call(False)
+        assert torch.equal(call(True), direct), name  # gradients are on
+        with torch.no_grad():
+            fast = call(True)
+        assert not torch.equal(fast, direct), name
+        exact = exactly[name]()
+        assert (fast.double() - exact).norm() <= FAST_TIER * exact.norm(), name
+
+
+def test_fast_functions_know_no_special_value_from_afar():
+    """A NaN reaches at most two rows and four columns away."""
+    x = torch.randn(7, 96, 56, 56).to(memory_format=torch.channels_last)
+    x[3, 5, 20, 30] = float("nan")
+    with torch.no_grad():
+        y = fk.pconv3x3(x, torch.randn(24, 24, 3, 3), fast=True)[:, :24]
+    reached = y.isnan().any(1).nonzero()
+    assert (reached[:, 0] == 3).all()
+    assert (reached[:, 1] - 20).abs().max() <= 2 and (reached[:, 2] - 30).abs().max() <= 4
+    assert y[3, :, 19:22, 29:32].isnan().all()
+
+
+def test_fast_weights_need_a_square_filter():
+    pack = OPS.pack([torch.randn(24, 48, 3, 3), torch.zeros(4, 24)], [None] * 2, [None] * 2, True)
+    assert (
+        pack.numel()
+        == OPS.pack([torch.randn(24, 48, 3, 3), torch.zeros(4, 24)], [None] * 2, [None] * 2).numel()
+    )
+
+
 @pytest.mark.parametrize("case", [STAGES[0], STAGES[14], *EDGES], ids=lambda c: c.id)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -540,11 +631,18 @@ def training_args(case, dtype):
     return z, mean, w["scale"], w["shift"], w["w_pw2"], w["layer_scale"], w["sample_scale"]
 
 
-def plain_pw_stats(x, w_partial, w_pw):
-    z = F.conv2d(plain_pconv(x, w_partial), w_pw)
+def with_statistics(z):
     wide = z.to(reference.compute_dtype(z.dtype))
     mean = wide.mean((0, 2, 3))
     return z, mean, (wide - vector(mean)).square().sum((0, 2, 3))
+
+
+def plain_pw_stats(x, w_partial, w_pw):
+    return with_statistics(F.conv2d(plain_pconv(x, w_partial), w_pw))
+
+
+def plain_patch_stats(x, weight):
+    return with_statistics(plain_patch_conv(x, weight, None, None))
 
 
 def plain_bn_act(z, mean, scale, shift, act):
@@ -590,6 +688,7 @@ def differentiable(case, dtype, act):
         "head": (OPS.head, plain_head, (x, w_conv, biases[0], w_fc, biases[1], act)),
         "head_bare": (OPS.head, plain_head, (x, w_conv, None, w_fc, None, act)),
         "pw_stats": (OPS.pw_stats, plain_pw_stats, (x, partial, pw1)),
+        "patch_stats": (OPS.patch_stats, plain_patch_stats, (x, patch)),
         "bn_act": (OPS.bn_act, plain_bn_act, (z, mean, scale, shift, act)),
         "act_pw_residual": (
             OPS.act_pw_residual,
@@ -756,6 +855,21 @@ def test_pw_stats(case, dtype, fmt):
         assert_statistics(z, *found[1:])
 
 
+@pytest.mark.parametrize("case", [*STAGES[::7], *EDGES], ids=lambda c: c.id)
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_patch_stats(case, dtype, fmt):
+    """z has the bits of patch_conv, and the statistics are those of z as stored."""
+    x = image(case, DTYPES[dtype], FORMATS[fmt])
+    kernel = (min(2, case.height), min(3, case.width))
+    patch = randn(9, case.channels, *kernel, seed=41, dtype=x.dtype, scale=0.1)
+    z, mean, m2 = OPS.patch_stats(x, patch)
+    expected = OPS.patch_conv(x, patch, None, None, True)
+    assert torch.equal(z, expected) and z.stride() == expected.stride()
+    if case.batch > 0:
+        assert_statistics(z, mean, m2)
+
+
 def loop_statistics(z, dtype):
     """(mean, m2) of each channel, one pixel after another (Welford's method)."""
     rows = z.to(dtype).permute(0, 2, 3, 1).reshape(-1, z.shape[1])
@@ -843,7 +957,11 @@ def backward_calls(case, dtype, fmt=torch.channels_last):
     dy, dz = x.flip(0).contiguous(memory_format=fmt), z.flip(0).contiguous(memory_format=fmt)
     dstats = [randn(case.c_hidden, seed=s, dtype=mean.dtype) for s in (45, 46)]
     vectors = (mean, scale, shift)
+    patch = randn(case.c_hidden, case.channels, 2, 2, seed=47, dtype=dtype, scale=0.1)
+    patches = OPS.patch_stats(x, patch)[:2]
+    dpatches = patches[0].flip(0).contiguous(memory_format=fmt)
     return {
+        "patch_stats_backward": ((dpatches, *dstats, x, *patches, patch), 2, ()),
         "pw_stats_backward": ((dz, *dstats, x, z, mean, partial, pw1), 3, (dy,)),
         "pw_stats_backward alone": ((dz, *dstats, x, z, mean, partial, pw1), 3, ()),
         "bn_act_backward": ((dz, z, *vectors, case.act), 4, ()),
@@ -922,7 +1040,7 @@ def test_recompute(fmt, dtype):
         assert torch.equal(a, b) and a.stride() == b.stride()
 
 
-TRAINING = ["pw_stats", "bn_act", "act_pw_residual", *BACKWARD]
+TRAINING = ["pw_stats", "patch_stats", "bn_act", "act_pw_residual", *BACKWARD]
 
 
 @pytest.mark.parametrize("channels", [1, 4, 33])
@@ -994,6 +1112,7 @@ def opcheck_samples():
             g, g_hidden = x.flip(0).contiguous(memory_format=fmt), z.to(memory_format=fmt)
             z = z.to(memory_format=fmt)
             dstats = [randn(32, seed=45, dtype=mean.dtype) for _ in range(2)]
+            patch_z, patch_dstats = OPS.patch_stats(x, patch), [d[:8] for d in dstats]
             for name, *args in [
                 ("pconv3x3", x, partial),
                 ("pconv3x3_", x.clone(), partial),
@@ -1068,6 +1187,12 @@ def opcheck_samples():
                     *(g_hidden, *dstats, x, z, mean, partial, pw1),
                     [True, False, True],
                     g,
+                ),
+                ("patch_stats", x, patch),
+                (
+                    "patch_stats_backward",
+                    *(randn(*patch_z[0].shape, seed=49, dtype=dtype), *patch_dstats, x),
+                    *(*patch_z[:2], patch, [True, True]),
                 ),
                 ("bn_act", z, mean, scale, shift, "silu"),
                 (

@@ -169,6 +169,10 @@ void pconv3x3_backward(const PConv3x3Backward& args, const ParallelFor& parallel
   const TrimScratch at_end;
   kernels().pconv3x3_backward(args, parallel);
 }
+void patch_stats(const PatchStats& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().patch_stats(args, parallel);
+}
 void patch_conv_backward(const PatchConvBackward& args, const ParallelFor& parallel) {
   const TrimScratch at_end;
   kernels().patch_conv_backward(args, parallel);

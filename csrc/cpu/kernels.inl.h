@@ -8,6 +8,8 @@
 //     h  = act([u | x[:, c_partial:]] * w_pw1 + shift)    K = 2 segments: no concatenation is ever written
 //     y += h * w_pw2                                      the residual joins in the last chunk's epilogue
 //
+// In the fast tier, float32 only, the convolution is Winograd's where that pays (WinogradTile).
+//
 // u, h and the partial sums of y are scratch of one thread and stay in its L2 cache; x is read from memory once, but
 // for the first c_partial channels of the two rows around a tile, and y is written once: 2 C + 2 C_p / rows elements of
 // traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112
@@ -462,13 +464,13 @@ int64_t add_groups(RowGroup<T>* groups, int64_t row, int64_t rows, int n_segment
 // rows, or a segment of one row where rows are long. Enough tiles for every thread where there are enough rows.
 struct Tiling {
   int64_t rows, width, segments, tiles;
-  Tiling(int64_t rows_, int64_t width_, int threads) : rows(rows_), width(width_) {
-    segments = width <= kWholeRows ? 1 : ceil_div(width, kTilePixels);
+  Tiling(int64_t rows_, int64_t width_, int threads, int64_t tile_pixels = kTilePixels) : rows(rows_), width(width_) {
+    segments = width <= kWholeRows ? 1 : ceil_div(width, tile_pixels);
     if (segments > 1) {
       tiles = rows * segments;
       return;
     }
-    tiles = ceil_div(rows * width, kTilePixels);
+    tiles = ceil_div(rows * width, tile_pixels);
     if (tiles < threads) tiles = threads;
     if (tiles < 8 * threads) tiles = round_up(tiles, threads);  // no thread with one tile more than another's few
     if (tiles > rows) tiles = rows;
@@ -587,32 +589,218 @@ void add_columns(const T* sums, int64_t sums_stride, int64_t columns, bool befor
   }
 }
 
+// The same convolution by Winograd's F(2, 3) down the rows and F(4, 3) along them (arXiv 1509.09308, with the points 0,
+// 1, -1, 2, -2 and infinity): 2 x 4 outputs from 4 x 6 inputs by 24 multiplications in place of 72. The 24 products are
+// GEMMs with K = N = c_partial and a row for every 2 x 4 outputs. The patches lie on a grid from the image's corner on,
+// so an output's bits depend neither on the tile nor on the batch.
+//
+// 2 x 4 and not 4 x 4, which needs 36 multiplications for twice the outputs: a tile of two image rows is whole patches,
+// and the products have twice the rows for each weight read.
+constexpr int kPatchRows = 2, kPatchColumns = 4;
+static_assert((kPatchRows + 2) * (kPatchColumns + 2) == kWinogradProducts, "pack.cpp packs other patches");
+
+// The 1-D transforms, in place: of 4 and 6 inputs, to 2 and 4 outputs.
+template <class V>
+inline __attribute__((always_inline)) void transform_input(V& d0, V& d1, V& d2, V& d3) {
+  const V a = d1 + d2, b = d2 - d1;
+  d0 -= d2;
+  d3 = d1 - d3;
+  d1 = a;
+  d2 = b;
+}
+template <class V>
+inline __attribute__((always_inline)) void transform_input(V& d0, V& d1, V& d2, V& d3, V& d4, V& d5) {
+  const V a = d4 - 4 * d2, b = d3 - 4 * d1, c = d4 - d2, d = 2 * (d3 - d1);
+  d0 = 4 * (d0 - d2) + c;
+  d5 = 4 * (d1 - d3) + (d5 - d3);
+  d1 = a + b;
+  d2 = a - b;
+  d3 = c + d;
+  d4 = c - d;
+}
+template <class V>
+inline __attribute__((always_inline)) void transform_output(V& m0, V& m1, const V& m2, const V& m3) {
+  m0 += m1 + m2;
+  m1 -= m2 + m3;
+}
+template <class V>
+inline __attribute__((always_inline)) void transform_output(V& m0, V& m1, V& m2, V& m3, const V& m4, const V& m5) {
+  const V a = m1 + m2, b = m1 - m2, c = m3 + m4, d = m3 - m4;
+  m0 += a + c;
+  m1 = b + 2 * d;
+  m2 = a + 4 * c;
+  m3 = b + 8 * d + m5;
+}
+
+template <class T>
+struct WinogradTile {
+  int64_t c_partial;
+  const T* packed;  // null: not used; else 24 packed weights
+  T *inputs, *products;
+  RowGroup<T>* groups;
+  static constexpr int kProducts = kWinogradProducts;
+
+  int64_t stride() const { return spread<T>(c_partial); }
+  static int64_t max_patches(const Tiling& tiling) {
+    return (tiling.max_rows() / kPatchRows + tiling.max_rows() + 1) * (tiling.max_columns() / kPatchColumns + 2);
+  }
+  void carve(Carver* carver, const Tiling& tiling) {
+    const int64_t patches = packed ? max_patches(tiling) : 0;
+    inputs = carver->take<T>(kProducts * patches * stride());
+    products = carver->take<T>(kProducts * patches * stride());
+    groups = carver->take<RowGroup<T>>(ceil_div(patches, kMaxRows));
+  }
+
+  // f(row, column, patch) of every patch with outputs in the tile, by the row and column of its first output.
+  template <class F>
+  static int64_t for_patches(const Tiling::Tile& t, int64_t height, const F& f) {
+    int64_t patch = 0;
+    for (int64_t row = t.row0; row < t.row1;) {
+      const int64_t h = row % height, first = row - h % kPatchRows;
+      for (int64_t column = t.column0 / kPatchColumns * kPatchColumns; column < t.column1; column += kPatchColumns) {
+        f(first, column, patch++);
+      }
+      row = first + clip(kPatchRows, height - (h - h % kPatchRows));
+    }
+    return patch;
+  }
+
+  template <int kBytes>
+  void load_patch(const Image<T>& x, int64_t height, int64_t width, int64_t row, int64_t column, T* out,
+                  int64_t out_stride) const {
+    using V = typename VecOf<T, kBytes>::type;
+    const int64_t h = row % height;
+    const T* const corner = x.at(row / height, h, column) - x.row_stride - x.pixel_stride;
+    const bool inner = h > 0 && h + 2 < height && column > 0 && column + 4 < width;
+    for (int64_t c = 0; c < c_partial; c += VecOf<T, kBytes>::kLanes) {
+      V d[kPatchRows + 2][kPatchColumns + 2];
+      FASTERNET_UNROLL
+      for (int j = 0; j < kPatchColumns + 2; ++j) {
+        FASTERNET_UNROLL
+        for (int i = 0; i < kPatchRows + 2; ++i) {
+          const bool inside = inner || (h + i >= 1 && h + i <= height && column + j >= 1 && column + j <= width);
+          d[i][j] = inside ? load<V>(corner + i * x.row_stride + j * x.pixel_stride + c) : V{};
+        }
+        transform_input(d[0][j], d[1][j], d[2][j], d[3][j]);
+      }
+      FASTERNET_UNROLL
+      for (int i = 0; i < kPatchRows + 2; ++i) {
+        transform_input(d[i][0], d[i][1], d[i][2], d[i][3], d[i][4], d[i][5]);
+        FASTERNET_UNROLL
+        for (int j = 0; j < kPatchColumns + 2; ++j)
+          store(out + (i * (kPatchColumns + 2) + j) * out_stride + c, d[i][j]);
+      }
+    }
+  }
+
+  template <int kBytes>
+  void store_patch(const T* in, int64_t in_stride, const Tiling::Tile& t, int64_t row, int64_t row1, int64_t column,
+                   T* u, int64_t u_stride) const {
+    using V = typename VecOf<T, kBytes>::type;
+    for (int64_t c = 0; c < c_partial; c += VecOf<T, kBytes>::kLanes) {
+      V m[kPatchRows + 2][kPatchColumns + 2];
+      FASTERNET_UNROLL
+      for (int i = 0; i < kPatchRows + 2; ++i) {
+        FASTERNET_UNROLL
+        for (int j = 0; j < kPatchColumns + 2; ++j)
+          m[i][j] = load<V>(in + (i * (kPatchColumns + 2) + j) * in_stride + c);
+        transform_output(m[i][0], m[i][1], m[i][2], m[i][3], m[i][4], m[i][5]);
+      }
+      FASTERNET_UNROLL
+      for (int j = 0; j < kPatchColumns; ++j) {
+        transform_output(m[0][j], m[1][j], m[2][j], m[3][j]);
+        if (column + j < t.column0 || column + j >= t.column1) continue;
+        FASTERNET_UNROLL
+        for (int i = 0; i < kPatchRows; ++i) {
+          if (row + i < t.row0 || row + i >= row1) continue;
+          store(u + ((row + i - t.row0) * t.columns() + column + j - t.column0) * u_stride + c, m[i][j]);
+        }
+      }
+    }
+  }
+
+  // The PConv of tile t of x into u; `next` is the weight read after it.
+  void run(const Image<T>& x, int64_t height, int64_t width, const Tiling::Tile& t, T* u, int64_t u_stride,
+           const Packed<T>* next) const {
+    constexpr int kWide = FASTERNET_VECTOR_BYTES, kNarrow = kHalfBytes;
+    const bool wide = c_partial % VecOf<T, kWide>::kLanes == 0;
+    // Patches are counted first: a product's rows are then dense.
+    const int64_t patches = for_patches(t, height, [](int64_t, int64_t, int64_t) {});
+    const int64_t matrix = patches * stride();
+    for_patches(t, height, [&](int64_t row, int64_t column, int64_t patch) {
+      T* const out = inputs + patch * stride();
+      wide ? load_patch<kWide>(x, height, width, row, column, out, matrix)
+           : load_patch<kNarrow>(x, height, width, row, column, out, matrix);
+    });
+    const int64_t weight = packed_elements(c_partial, c_partial, sizeof(T));
+    for (int p = 0; p < kProducts; ++p) {
+      const Packed<T> w(packed + p * weight, c_partial, c_partial), after(w.next(), c_partial, c_partial);
+      const T* const a[1] = {inputs + p * matrix};
+      Gemm<T> g = {};
+      g.n_segments = 1;
+      g.segment_k[0] = c_partial;
+      g.segment_stride[0] = stride();
+      g.groups = groups;
+      g.n_groups = add_groups<T>(groups, 0, patches, 1, a, g.segment_stride);
+      g.b = &w;
+      g.n_end = w.n_padded;
+      g.c = products + p * matrix;
+      g.c_stride = stride();
+      if (p + 1 < kProducts) {
+        g.then(after, 0, 0);
+      } else if (next) {
+        g.then(*next, 0, 0);
+      }
+      gemm(g);
+    }
+    for_patches(t, height, [&](int64_t row, int64_t column, int64_t patch) {
+      const int64_t row1 = clip(t.row1, row - row % height + height);
+      const T* const in = products + patch * stride();
+      wide ? store_patch<kWide>(in, matrix, t, row, row1, column, u, u_stride)
+           : store_patch<kNarrow>(in, matrix, t, row, row1, column, u, u_stride);
+    });
+  }
+};
+
 // The buffers of a tile's PConv.
 template <class S, class T>
 struct PConvTile {
-  int64_t c_partial;
-  Packed<T> w;  // 3 c_partial outputs of depth 3 c_partial
+  int64_t c_partial, c_out;  // of x and of u: the same, but where threads share the channels of u
+  Packed<T> w;               // 3 c_out outputs of depth 3 c_partial
   int64_t u_stride, sums_stride;
   T *rows, *sums, *u;  // rows: of x, converted where A cannot be x itself
   RowGroup<T>* groups;
+  WinogradTile<T> winograd;
 
-  PConvTile(const void* packed, int64_t c_partial_)
-      : c_partial(c_partial_), w(static_cast<const T*>(packed), 3 * c_partial_, 3 * c_partial_) {
-    u_stride = padded_n(c_partial, sizeof(T));
+  PConvTile(const void* packed, int64_t c_partial_) : PConvTile(packed, c_partial_, c_partial_) {}
+  PConvTile(const void* packed, int64_t c_partial_, int64_t c_out_)
+      : c_partial(c_partial_), c_out(c_out_), w(static_cast<const T*>(packed), 3 * c_out_, 3 * c_partial_), winograd() {
+    u_stride = padded_n(c_out, sizeof(T));
     sums_stride = spread<T>(w.n_padded);
   }
+  // Allows the fast tier, whose weights are `packed`.
+  void allow_fast(const T* packed, const Image<S>& x, int64_t height, int64_t width) {
+    const bool can = Same<S, float>::value && x.channel_stride == 1;
+    if (can && fast_tier_pays(c_partial, height, width)) winograd = {c_partial, packed, nullptr, nullptr, nullptr};
+  }
+  // A product has a row for eight outputs: 14x14 images as one tile are worth 3 % of a block against two tiles.
+  int64_t tile_pixels() const { return winograd.packed ? 2 * kTilePixels : kTilePixels; }
   static bool copies(const Image<S>& x) { return x.channel_stride != 1 || must_copy<S, T>(x.pixel_stride); }
   void carve(Carver* carver, const Image<S>& x, const Tiling& tiling) {
     const int64_t columns = tiling.max_columns() + 2, pixels = tiling.max_rows() * columns;
+    winograd.carve(carver, tiling);
     rows = carver->take<T>(copies(x) ? pixels * c_partial + 2 * columns * c_partial : 0);
-    sums = carver->take<T>(pixels * sums_stride + panel_width<T>());
+    sums = carver->take<T>(winograd.packed ? 0 : pixels * sums_stride + panel_width<T>());
     u = carver->take<T>(tiling.max_pixels() * u_stride);
     groups = carver->take<RowGroup<T>>(tiling.max_groups());
   }
 
   // The PConv of tile t of x into u; `next` is the weight read after it.
   void run(const Image<S>& x, int64_t height, int64_t width, const Tiling::Tile& t, int64_t total_rows,
-           const Packed<T>* next) {
+           const Packed<T>* then) {
+    if constexpr (Same<S, float>::value) {
+      if (winograd.packed) return winograd.run(x, height, width, t, u, u_stride, then);
+    }
     const bool before = t.column0 > 0, after = t.column1 < width;
     const int64_t c0 = t.column0 - before, columns = t.column1 + after - c0;
     const bool copy = copies(x);
@@ -651,10 +839,10 @@ struct PConvTile {
     g.n_end = w.n_padded;
     g.c = sums;
     g.c_stride = sums_stride;
-    if (next) g.then(*next, 0, 0);
+    if (then) g.then(*then, 0, 0);
     gemm(g);
     for (int64_t row = 0; row < t.row1 - t.row0; ++row) {
-      add_columns(sums + row * columns * sums_stride, sums_stride, t.columns(), before, after, c_partial,
+      add_columns(sums + row * columns * sums_stride, sums_stride, t.columns(), before, after, c_out,
                   u + row * t.columns() * u_stride, u_stride);
     }
   }
@@ -698,6 +886,7 @@ void pconv3x3_out_of_place(const PConv3x3& args, const ParallelFor& parallel) {
   const Tiling tiling(total_rows, args.width, parallel.num_threads);
   parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
     PConvTile<S, T> pconv(args.packed, args.c_partial);
+    if (args.fast) pconv.allow_fast(pconv.w.next(), x, args.height, args.width);
     Carver carver;
     for (int round = 0; round < 2; ++round) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
@@ -844,10 +1033,11 @@ int64_t chunk_width(int64_t n_padded, int64_t most) {
 template <class S, class T>
 void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
   const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
-  const PConvTile<S, T> pconv_of_tiles(args.packed, args.c_partial);
+  PConvTile<S, T> pconv_of_tiles(args.packed, args.c_partial);
   const Packed<T> w_pw(pconv_of_tiles.w.next(), args.c_out, args.channels);
+  if (args.fast) pconv_of_tiles.allow_fast(w_pw.next(), x, args.height, args.width);
   const int64_t total_rows = args.batch * args.height;
-  const Tiling tiling(total_rows, args.width, parallel.num_threads);
+  const Tiling tiling(total_rows, args.width, parallel.num_threads, pconv_of_tiles.tile_pixels());
   const bool direct = Same<S, T>::value && w_pw.n == w_pw.n_padded;  // the micro-kernel's stores are y itself
   const int64_t chunk = chunk_width<T>(w_pw.n_padded, kHiddenChunk);
   parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
@@ -900,11 +1090,12 @@ void block_as(const Block& args, const ParallelFor& parallel) {
   const R* const residual = static_cast<const R*>(args.residual);
   R* const y = static_cast<R*>(args.y);
   const T* const sample_scale = static_cast<const T*>(args.sample_scale);
-  const PConvTile<S, T> pconv_of_tiles(args.packed, args.c_partial);
+  PConvTile<S, T> pconv_of_tiles(args.packed, args.c_partial);
   const Packed<T> w_pw1(pconv_of_tiles.w.next(), args.c_hidden, args.channels);
   const Packed<T> w_pw2(w_pw1.next(), args.channels, args.c_hidden);
+  if (args.fast) pconv_of_tiles.allow_fast(w_pw2.next(), x, args.height, args.width);
   const int64_t total_rows = args.batch * args.height, area = args.height * args.width;
-  const Tiling tiling(total_rows, args.width, parallel.num_threads);
+  const Tiling tiling(total_rows, args.width, parallel.num_threads, pconv_of_tiles.tile_pixels());
   const int64_t chunk = chunk_width<T>(w_pw1.n_padded, kHiddenChunk);
   const int64_t hidden_stride = spread<T>(chunk), sums_stride = spread<T>(w_pw2.n_padded);
   const bool direct = Same<R, T>::value && w_pw2.n == w_pw2.n_padded && !sample_scale;
@@ -1003,13 +1194,13 @@ void load_patch_rows(const S* source, const Image<S>& x, int64_t columns, int64_
   }
 }
 
-template <class S, class T>
-void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
+// finish(i) follows when tile i of y is written, with the tile still in the caches.
+template <class S, class T, class F>
+void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, const ParallelFor& parallel, const F& finish) {
   const Image<S> x = image<S>(args.x, args.x_stride);
   const int64_t out_height = args.height / args.kh, out_width = args.width / args.kw;
   const int64_t run = args.kw * args.channels, depth = args.kh * run;
   const Packed<T> w(static_cast<const T*>(args.packed), args.c_out, depth);
-  const Tiling tiling(args.batch * out_height, out_width, parallel.num_threads);
   const bool direct = Same<S, T>::value && w.n == w.n_padded;
   // In dense channels-last memory a row of a patch is one run of K and neighbouring patches are neighbouring runs.
   const bool in_runs = Same<S, T>::value && (x.channel_stride == 1 || args.channels == 1) &&
@@ -1079,8 +1270,15 @@ void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
         gemm(g);
         if (!direct) store_rows<S, T>(out, chunk, pixels, clip(n + chunk, w.n) - n, y + n, args.y_pixel_stride);
       }
+      finish(i);
     }
   });
+}
+
+template <class S, class T>
+void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
+  const Tiling tiling(args.batch * (args.height / args.kh), args.width / args.kw, parallel.num_threads);
+  patch_conv_tiles<S, T>(args, tiling, parallel, [](int64_t) {});
 }
 
 // ---- Head -----------------------------------------------------------------------------------------------------------
@@ -1208,6 +1406,7 @@ const Kernels FASTERNET_KERNELS = {FASTERNET_ISA,
                                    FASTERNET_ISA_NAMESPACE::act_pw_residual,
                                    FASTERNET_ISA_NAMESPACE::act_pw_residual_backward,
                                    FASTERNET_ISA_NAMESPACE::pconv3x3_backward,
+                                   FASTERNET_ISA_NAMESPACE::patch_stats,
                                    FASTERNET_ISA_NAMESPACE::patch_conv_backward,
                                    FASTERNET_ISA_NAMESPACE::fma_loop};
 

@@ -1,5 +1,6 @@
 // Packs weights into the panels that the micro-kernels stream (fasternet_cpu.h, "Packed weights").
 #include <cstring>
+#include <vector>
 
 #include "kernels.h"
 
@@ -74,6 +75,47 @@ void pack(const Weight& weight, void* packed) {
       return pack_as<double, double>(weight, static_cast<double*>(packed));
     case DType::kBFloat16:
       return pack_as<uint16_t, float>(weight, static_cast<float*>(packed));
+  }
+}
+
+int64_t packed_fast_size(DType dtype, int64_t c_partial) {
+  if (dtype != DType::kFloat32 || !has_winograd(c_partial)) return 0;
+  return kWinogradProducts * packed_size(dtype, c_partial, c_partial);
+}
+
+bool fast_tier_pays(int64_t c_partial, int64_t height, int64_t width) {
+  return has_winograd(c_partial) && winograd_pays(height, width);
+}
+
+void pack_fast(const Weight& weight, void* packed) {
+  if (packed_fast_size(weight.dtype, weight.n) == 0) return;
+  // The transforms of a filter's column and row: the points 0, 1, -1, infinity, and 0, 1, -1, 2, -2, infinity.
+  constexpr double kRows[4][3] = {{1, 0, 0}, {0.5, 0.5, 0.5}, {0.5, -0.5, 0.5}, {0, 0, 1}};
+  constexpr double kColumns[6][3] = {{1. / 4, 0, 0},
+                                     {-1. / 6, -1. / 6, -1. / 6},
+                                     {-1. / 6, 1. / 6, -1. / 6},
+                                     {1. / 24, 1. / 12, 1. / 6},
+                                     {1. / 24, -1. / 12, 1. / 6},
+                                     {0, 0, 1}};
+  const float* const filters = static_cast<const float*>(weight.data);
+  std::vector<float> transformed(static_cast<size_t>(weight.n * weight.c));
+  Weight product;
+  product.data = transformed.data();
+  product.n = weight.n;
+  product.c = weight.c;
+  float* to = static_cast<float*>(packed);
+  for (const auto& row : kRows) {
+    for (const auto& column : kColumns) {
+      for (size_t i = 0; i < transformed.size(); ++i) {
+        double sum = 0;
+        for (size_t tap = 0; tap < 9; ++tap) {
+          sum += row[tap / 3] * column[tap % 3] * static_cast<double>(filters[9 * i + tap]);
+        }
+        transformed[i] = static_cast<float>(sum);
+      }
+      pack(product, to);
+      to += packed_size(product);
+    }
   }
 }
 

@@ -208,27 +208,6 @@ void with_act(Act act, const F& f) {
   }
 }
 
-// The standard normal distribution function, as in gelu_ps.
-template <class VT>
-inline typename VT::type normal_cdf_ps(typename VT::type x) {
-  using V = typename VT::type;
-  const V zero = {};
-  const V t = x * x;
-  V p = t * 2.339298710296589e-08f + 6.3602874433854595e-06f;
-  p = p * t + 1.64284574566409e-04f;
-  p = p * t + 4.650618880987167e-03f;
-  p = p * t + 3.336801007390022e-02f;
-  p = p * t + 3.98942232131958e-01f;
-  V q = t * 1.2167955674158293e-06f + 7.239125989144668e-05f;
-  q = q * t + 1.858761883340776e-03f;
-  q = q * t + 2.8376344591379166e-02f;
-  q = q * t + 2.503072917461395e-01f;
-  q = q * t + 1.0f;
-  V phi = x * p / q + 0.5f;
-  phi = x > zero + 5.4f ? zero + 1.0f : phi;
-  return x < zero - 5.4f ? zero : phi;
-}
-
 // a = act(x) and da becomes da * act'(x). Where the derivative is zero the gradient is, whatever da.
 template <Act kAct, class VT>
 inline void act_and_gradient_ps(typename VT::type x, typename VT::type* a, typename VT::type* da) {
@@ -238,9 +217,9 @@ inline void act_and_gradient_ps(typename VT::type x, typename VT::type* a, typen
     *a = x < zero ? zero : x;
     *da = x <= zero ? zero : *da;
   } else if constexpr (kAct == Act::kGelu) {
-    const V cdf = normal_cdf_ps<VT>(x);
-    *a = x * cdf;
-    *da *= x * (exp_ps<VT>(x * x * -0.5f) * 0.3989422804014327f) + cdf;
+    V slope;
+    gelu_and_slope_ps<VT>(x, a, &slope);
+    *da *= slope;
   } else if constexpr (kAct == Act::kGeluTanh || kAct == Act::kSilu) {
     // x * s(y), s(y) = 1 / (1 + exp(-y)), y = x or as in act_ps. 1 - s cancels, exp(-y) * s does not.
     const V square = x * x;
@@ -370,7 +349,8 @@ struct BnActBackwardTile {
   }
 };
 
-// out = dz + dmean / pixels + 2 * dm2 * (z - mean): the gradient of z where its statistics depend on it too.
+// The gradient of z where its statistics depend on it too: dz + dmean / pixels + 2 * dm2 * (z - mean). Without z it is
+// dz alone.
 template <class S, class T>
 struct TotalGradient {
   const S* dz;
@@ -378,21 +358,34 @@ struct TotalGradient {
   const S* z;
   int64_t z_stride;
   const T* mean;
-  const T* dmean;  // divided by the number of pixels
-  const T* dm2;    // twice
+  T* dmean;  // divided by the number of pixels
+  T* dm2;    // twice
 
-  void tile(int64_t pixel, int64_t rows, int64_t column, int64_t columns, T* out, int64_t out_stride) const {
-    constexpr int kLanes = Lanes<T>::kLanes;
-    for (int64_t r = 0; r < rows; ++r) {
-      const S* const from_z = z + (pixel + r) * z_stride + column;
-      const S* const from_dz = dz + (pixel + r) * dz_stride + column;
-      for (int64_t j = 0; j < columns; j += kLanes) {
-        const int64_t n = columns - j;
-        const LanesOf<T> centred = load_part<T>(from_z + j, n) - load_part<T>(mean + column + j, n);
-        const LanesOf<T> g = load_part<T>(from_dz + j, n) + load_part<T>(dmean + column + j, n);
-        store_as(centred * load_part<T>(dm2 + column + j, n) + g, out + r * out_stride + j);
-      }
+  void take(Carver* carver, int64_t columns) {
+    dmean = carver->take<T>(z ? columns : 0);
+    dm2 = carver->take<T>(z ? columns : 0);
+  }
+  void prepare(const void* dmean_, const void* dm2_, int64_t columns, int64_t pixels) const {
+    const T count = static_cast<T>(pixels > 0 ? pixels : 1);
+    for (int64_t c = 0; z && c < columns; ++c) {
+      dmean[c] = static_cast<const T*>(dmean_)[c] / count;
+      dm2[c] = 2 * static_cast<const T*>(dm2_)[c];
     }
+  }
+  void tile(int64_t pixel, int64_t rows, int64_t column, int64_t columns, T* out, int64_t out_stride) const {
+    const S* const from = dz + pixel * dz_stride + column;
+    if (!z) return copy_rows<S, T>(from, dz_stride, rows, columns, static_cast<const T*>(nullptr), out, out_stride);
+    const S* const from_z = z + pixel * z_stride + column;
+    for_blocks<T>(rows, columns, [&](int64_t row0, int64_t row1, int64_t j, int64_t n) {
+      const LanesOf<T> centre = load_part<T>(mean + column + j, n), off = load_part<T>(dmean + column + j, n),
+                       slope = load_part<T>(dm2 + column + j, n);
+      for (int64_t r = row0; r < row1; ++r) {
+        __builtin_prefetch(from + (r + kSumRows) * dz_stride + j);
+        __builtin_prefetch(from_z + (r + kSumRows) * z_stride + j);
+        const LanesOf<T> centred = load_part<T>(from_z + r * z_stride + j, n) - centre;
+        store_as(centred * slope + (load_part<T>(from + r * dz_stride + j, n) + off), out + r * out_stride + j);
+      }
+    });
   }
 };
 
@@ -433,6 +426,48 @@ void tile_statistics(const S* z, int64_t stride, int64_t rows, int64_t columns, 
   }
 }
 
+// The statistics of every tile, which become those of all pixels.
+struct Statistics {
+  int64_t columns;
+  double *pivots, *offs, *m2;  // [tile][column]
+
+  void take(Carver* carver, int64_t tiles, int64_t columns_) {
+    columns = columns_;
+    pivots = carver->take<double>(tiles * columns);
+    offs = carver->take<double>(tiles * columns);
+    m2 = carver->take<double>(tiles * columns);
+  }
+  // Of `width` columns from `column` on of tile i.
+  template <class T, class S>
+  void add(int64_t i, const S* z, int64_t stride, int64_t rows, int64_t column, int64_t width) const {
+    const int64_t at = i * columns + column;
+    tile_statistics<S, T>(z, stride, rows, width, pivots + at, offs + at, m2 + at);
+  }
+  // Chan, Golub and LeVeque's formula, tile by tile, in the first tile's place; means stay relative to its pivot.
+  template <class T>
+  void combine_tiles(const Tiling& tiling, void* mean, void* all_m2, const ParallelFor& parallel) const {
+    parallel_for(parallel, ceil_div(columns, kColumnUnit), [&](int64_t begin, int64_t end) {
+      const int64_t c0 = begin * kColumnUnit, c1 = clip(end * kColumnUnit, columns);
+      double count = 0;
+      for (int64_t i = 0; i < tiling.tiles; ++i) {
+        const double pixels = static_cast<double>(tiling.tile(i).pixels()), total = count + pixels;
+        for (int64_t c = c0; i > 0 && c < c1; ++c) {
+          const int64_t at = i * columns + c;
+          const double delta = (pivots[at] - pivots[c]) + (offs[at] - offs[c]);
+          offs[c] += delta * (pixels / total);
+          m2[c] += m2[at] + delta * delta * (count * pixels / total);
+        }
+        count = total;
+      }
+      for (int64_t c = c0; c < c1; ++c) {
+        static_cast<T*>(mean)[c] =
+            tiling.tiles ? static_cast<T>(pivots[c] + offs[c]) : static_cast<T>(__builtin_nan(""));
+        static_cast<T*>(all_m2)[c] = tiling.tiles ? static_cast<T>(m2[c]) : T(0);
+      }
+    });
+  }
+};
+
 // ---- Operands -------------------------------------------------------------------------------------------------------
 
 // Packs B[k][n] = w[n * n_stride + k * k_stride] * n_scale[n] * k_scale[k] in the panels of Packed, without a shift.
@@ -449,6 +484,7 @@ void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int
       for (int64_t n0 = 0; n0 < n_padded; n0 += kWidth) {
         const int64_t lanes = clip(kWidth, n_padded - n0), valid = clip(lanes, n - n0);
         const S* const source = w + n0 + i * k_stride;
+        __builtin_prefetch(source + kRun * k_stride);  // each row of a wide weight lies in a page of its own
         T* const row = out + n0 * k + i * lanes;
         if (valid == kWidth) {
           for (int64_t lane = 0; lane < kWidth; ++lane) row[lane] = to_compute(source[lane]) * factor;
@@ -489,31 +525,36 @@ void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int
   }
 }
 
-// Packs the 3x3 kernel w (c_partial, c_partial, 3, 3), or with `transposed` the one that takes gradients of the output
-// to gradients of the input: output columns [n0, n1), K = (tap, input channel).
+// Packs output channels [n0, n1) of the 3x3 kernel w (c_partial, c_partial, 3, 3) for PConvTile, or with `transposed`
+// of the one that takes gradients of the output to gradients of the input.
 template <class S, class T>
 void pack_conv3x3(const S* w, int64_t c_partial, bool transposed, int64_t n0, int64_t n1, T* out) {
-  constexpr int64_t kRun = 16;
+  constexpr int64_t kWidth = panel_width<T>(), kRun = 16;
   const int64_t n_stride = transposed ? 9 : 9 * c_partial, c_stride = transposed ? 9 * c_partial : 9;
-  const int64_t n_padded = n0 + padded_n(n1 - n0, sizeof(T));
-  for (; n0 < n_padded; n0 += panel_width<T>()) {
-    const int64_t lanes = clip(panel_width<T>(), n_padded - n0);
+  const int64_t width = n1 - n0, n = 3 * width, n_padded = padded_n(n, sizeof(T)), depth = 3 * c_partial;
+  const int64_t last = (n - 1) / kWidth * kWidth, last_lanes = n_padded - last;
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t j = n - last; j < last_lanes; ++j) out[last * depth + k * last_lanes + j] = 0;
+  }
+  for (int64_t o0 = 0; o0 < width; o0 += kWidth) {
     for (int64_t c0 = 0; c0 < c_partial; c0 += kRun) {
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        for (int64_t c = c0; c < clip(c0 + kRun, c_partial); ++c) {
-          const S* const taps = w + (n0 + lane) * n_stride + c * c_stride;
-          T* const to = out + c * lanes + lane;
-          for (int64_t tap = 0; tap < 9; ++tap) {
-            const T value = n0 + lane < n1 ? to_compute(taps[transposed ? 8 - tap : tap]) : T(0);
-            to[tap * c_partial * lanes] = value;
+      for (int64_t o = o0; o < clip(o0 + kWidth, width); ++o) {
+        for (int64_t column = 0; column < 3; ++column) {
+          const int64_t at = column * width + o, panel = at / kWidth * kWidth;
+          const int64_t lanes = panel == last ? last_lanes : kWidth;
+          T* const to = out + panel * depth + at - panel;
+          for (int64_t c = c0; c < clip(c0 + kRun, c_partial); ++c) {
+            const S* const taps = w + (n0 + o) * n_stride + c * c_stride;
+            for (int64_t row = 0; row < 3; ++row) {
+              const int64_t tap = 3 * row + column;
+              to[(row * c_partial + c) * lanes] = to_compute(taps[transposed ? 8 - tap : tap]);
+            }
           }
         }
       }
     }
-    out += lanes * 9 * c_partial;
   }
 }
-
 // ---- Products along pixels ------------------------------------------------------------------------------------------
 
 // c[kRows][kVecs vectors] (+)= sum over pixels of a[pixel][row] * b[pixel][column].
@@ -662,7 +703,7 @@ struct Extent {
       : height(height_), width(width_), rows(batch * height_), pixels(rows * width_), tiling(rows, width_, 1) {}
 };
 
-// ---- The 3x3 convolution of all pixels ------------------------------------------------------------------------------
+// ---- The 3x3 convolution ------------------------------------------------------------------------------
 
 // Rows row0 - 1 .. row1 of a tile and the columns around it, zero outside the image, rows of other images as they are;
 // after them a row of zeros.
@@ -687,61 +728,43 @@ inline int64_t padded_elements(const Tiling& tiling, int64_t channels) {
   return (tiling.max_rows() + 3) * (tiling.max_columns() + 2) * channels + 3 * kFloatLanes;
 }
 
-// Columns of the convolution of a tile into u: w is packed for them, K runs over `channels` channels of x.
-template <class S, class T>
-void conv3x3_tile(const Image<S>& x, int64_t channels, const Extent& extent, const Tiling::Tile& t, const Packed<T>& w,
-                  T* padded, RowGroup<T>* groups, T* u, int64_t u_stride) {
-  const int64_t columns = t.columns(), padded_row = (columns + 2) * channels;
-  load_padded_tile<S, T>(x, channels, extent, t, padded);
-  const T* const zeros = padded + (t.row1 - t.row0 + 2) * padded_row;
-  Gemm<T> g = {};
-  g.groups = groups;
-  g.n_segments = 3;
-  for (int s = 0; s < 3; ++s) {
-    g.segment_k[s] = 3 * channels;
-    g.segment_stride[s] = channels;
-  }
-  for (int64_t row = t.row0; row < t.row1; ++row) {
-    const int64_t y = row % extent.height;
-    const T* middle = padded + (row - t.row0 + 1) * padded_row;
-    const T* const a[3] = {y > 0 ? middle - padded_row : zeros, middle,
-                           y + 1 < extent.height ? middle + padded_row : zeros};
-    g.n_groups += add_groups<T>(groups + g.n_groups, (row - t.row0) * columns, columns, 3, a, g.segment_stride);
-  }
-  g.b = &w;
-  g.n_end = w.n_padded;
-  g.c = u;
-  g.c_stride = u_stride;
-  gemm(g);
-}
-// u[pixels][u_stride] = the 3x3 convolution of the first c_partial channels of x, or its transpose; u_stride is at
-// least c_partial rounded up to half a panel.
-template <class W, class S, class T>
-void conv3x3_all(const Image<S>& x, int64_t c_partial, const W* w, bool transposed, const Extent& extent, T* u,
-                 int64_t u_stride, const ParallelFor& parallel) {
+// The 3x3 convolution of the first c_partial channels of x, or its transpose: store(tile, first channel, channels, u,
+// u_stride) takes the rows of u of a tile, some channels at a time.
+template <class W, class S, class T, class F>
+void conv3x3_all(const Image<S>& x, int64_t c_partial, const W* w, bool transposed, const Extent& extent,
+                 const ParallelFor& parallel, const F& store) {
   const Tiling& tiling = extent.tiling;
   const Share share(extent.pixels, c_partial, 9 * c_partial, parallel.num_threads);
   share_out(parallel, share, tiling.tiles, c_partial, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
-    T *packed, *padded;
-    RowGroup<T>* groups;
-    Carver carver;
-    for (int round = 0; round < 2; ++round) {
-      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-      packed = carver.take<T>(packed_elements(share.block, 9 * c_partial, sizeof(T)));
-      padded = carver.take<T>(padded_elements(tiling, c_partial));
-      groups = carver.take<RowGroup<T>>(tiling.max_groups());
-    }
     for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
-      const int64_t b1 = clip(b0 + share.block, n1);
-      pack_conv3x3(w, c_partial, transposed, b0, b1, packed);
-      const Packed<T> part(packed, b1 - b0, 9 * c_partial);
+      const int64_t channels = clip(b0 + share.block, n1) - b0;
+      T* packed = nullptr;
+      PConvTile<S, T> pconv(nullptr, c_partial, channels);
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        packed = carver.take<T>(packed_elements(3 * channels, 3 * c_partial, sizeof(T)));
+        pconv.carve(&carver, x, tiling);
+      }
+      pack_conv3x3(w, c_partial, transposed, b0, b0 + channels, packed);
+      pconv.w.data = packed;
       for (int64_t i = tile0; i < tile1; ++i) {
         const Tiling::Tile t = tiling.tile(i);
-        conv3x3_tile<S, T>(x, c_partial, extent, t, part, padded, groups, u + t.pixel(extent.width) * u_stride + b0,
-                           u_stride);
+        pconv.run(x, extent.height, extent.width, t, extent.rows, nullptr);
+        store(t, b0, channels, pconv.u, pconv.u_stride);
       }
     }
   });
+}
+// u[pixels][u_stride] = the 3x3 convolution of the first c_partial channels of x.
+template <class S, class T>
+void conv3x3_rows(const Image<S>& x, int64_t c_partial, const S* w, const Extent& extent, T* u, int64_t u_stride,
+                  const ParallelFor& parallel) {
+  conv3x3_all<S, S, T>(x, c_partial, w, false, extent, parallel,
+                       [&](const Tiling::Tile& t, int64_t first, int64_t channels, const T* rows, int64_t stride) {
+                         copy_rows<T, T>(rows, stride, t.pixels(), channels, static_cast<const T*>(nullptr),
+                                         u + t.pixel(extent.width) * u_stride + first, u_stride);
+                       });
 }
 
 // ---- pw_stats -------------------------------------------------------------------------------------------------------
@@ -757,35 +780,34 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
   const Share share(extent.pixels, c_out, channels, parallel.num_threads);
   const bool fused = share.tile_by_tile(c_out);
   const int64_t u_stride = padded_n(c_partial, sizeof(T));
-  double *pivots, *offs, *m2s;
+  Statistics statistics;
   T* u_all;
   Carver shared;
   for (int round = 0; round < 2; ++round) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
-    pivots = shared.take<double>(tiling.tiles * c_out);
-    offs = shared.take<double>(tiling.tiles * c_out);
-    m2s = shared.take<double>(tiling.tiles * c_out);
+    statistics.take(&shared, tiling.tiles, c_out);
     u_all = shared.take<T>(fused ? 0 : extent.pixels * u_stride);
   }
-  if (!fused) conv3x3_all<S, S, T>(x, c_partial, w_partial, false, extent, u_all, u_stride, parallel);
+  if (!fused) conv3x3_rows<S, T>(x, c_partial, w_partial, extent, u_all, u_stride, parallel);
   share_out(parallel, share, tiling.tiles, c_out, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
-    T *packed_partial, *packed, *padded, *u_tile, *out;
-    RowGroup<T>*conv_groups, *groups;
+    T *packed_partial = nullptr, *packed, *out;
+    RowGroup<T>* groups;
+    PConvTile<S, T> pconv(nullptr, c_partial);
     MixedRows<S, T> mixed = {c_partial, channels, u_stride};
     Carver carver;
     for (int round = 0; round < 2; ++round) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-      packed_partial = carver.take<T>(fused ? packed_elements(c_partial, 9 * c_partial, sizeof(T)) : 0);
+      if (fused) {
+        packed_partial = carver.take<T>(packed_elements(3 * c_partial, 3 * c_partial, sizeof(T)));
+        pconv.carve(&carver, x, tiling);
+      }
       packed = carver.take<T>(packed_elements(share.block, channels, sizeof(T)));
-      padded = carver.take<T>(fused ? padded_elements(tiling, c_partial) : 0);
-      u_tile = carver.take<T>(fused ? tiling.max_pixels() * u_stride : 0);
       out = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
       mixed.carve(&carver, args.x_pixel_stride, tiling);
-      conv_groups = carver.take<RowGroup<T>>(tiling.max_groups());
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
     if (fused) pack_conv3x3(w_partial, c_partial, false, 0, c_partial, packed_partial);
-    const Packed<T> partial(packed_partial, c_partial, 9 * c_partial);
+    pconv.w.data = packed_partial;
     for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
       const int64_t b1 = clip(b0 + share.block, n1);
       pack_operand<S, T>(w_pw + b0 * channels, channels, 1, b1 - b0, channels, nullptr, nullptr, packed);
@@ -793,10 +815,8 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
       for (int64_t i = tile0; i < tile1; ++i) {
         const Tiling::Tile t = tiling.tile(i);
         const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-        const T* u = fused ? u_tile : u_all + pixel * u_stride;
-        if (fused) {
-          conv3x3_tile<S, T>(x, c_partial, extent, t, partial, padded, conv_groups, u_tile, u_stride);
-        }
+        if (fused) pconv.run(x, extent.height, extent.width, t, extent.rows, &part);
+        const T* const u = fused ? pconv.u : u_all + pixel * u_stride;
         Gemm<T> g = {};
         mixed.fill(&g, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
         g.b = &part;
@@ -814,30 +834,11 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
         }
         gemm(g);
         if (!direct) store_rows<S, T>(out, part.n_padded, pixels, part.n, z_tile, c_out);
-        tile_statistics<S, T>(z_tile, c_out, pixels, part.n, pivots + i * c_out + b0, offs + i * c_out + b0,
-                              m2s + i * c_out + b0);
+        statistics.add<T>(i, z_tile, c_out, pixels, b0, part.n);
       }
     }
   });
-  // Chan, Golub and LeVeque's formula, tile by tile, in the first tile's place; means stay relative to its pivot.
-  T *const mean = static_cast<T*>(args.mean), *const m2 = static_cast<T*>(args.m2);
-  parallel_for(parallel, ceil_div(c_out, kColumnUnit), [&](int64_t begin, int64_t end) {
-    const int64_t c0 = begin * kColumnUnit, c1 = clip(end * kColumnUnit, c_out);
-    double count = 0;
-    for (int64_t i = 0; i < tiling.tiles; ++i) {
-      const double pixels = static_cast<double>(tiling.tile(i).pixels()), total = count + pixels;
-      for (int64_t c = c0; i > 0 && c < c1; ++c) {
-        const double delta = (pivots[i * c_out + c] - pivots[c]) + (offs[i * c_out + c] - offs[c]);
-        offs[c] += delta * (pixels / total);
-        m2s[c] += m2s[i * c_out + c] + delta * delta * (count * pixels / total);
-      }
-      count = total;
-    }
-    for (int64_t c = c0; c < c1; ++c) {
-      mean[c] = tiling.tiles ? static_cast<T>(pivots[c] + offs[c]) : static_cast<T>(__builtin_nan(""));
-      m2[c] = tiling.tiles ? static_cast<T>(m2s[c]) : T(0);
-    }
-  });
+  statistics.combine_tiles<T>(tiling, args.mean, args.m2, parallel);
 }
 
 // ---- bn_act, act_pw_residual ----------------------------------------------------------------------------------------
@@ -1155,16 +1156,10 @@ struct Conv3x3Gradients {
   S* dx;
   int64_t dx_stride;
   S* dweight;
-  // Scratch: the transposed convolution, and each chunk's sums by (output channel, kernel row, column and channel).
-  T* partial;
-  T* products;
+  T* products;  // scratch: each chunk's sums by (output channel, kernel row, column and channel)
 
-  int64_t partial_stride() const { return padded_n(c_partial, sizeof(T)); }
   int64_t tap_stride() const { return round_up(3 * c_partial, panel_width<T>()); }
-  void take(Carver* carver) {
-    partial = carver->take<T>(dx ? extent->pixels * partial_stride() : 0);
-    products = carver->take<T>(dweight ? chunks->count * c_partial * 3 * tap_stride() : 0);
-  }
+  void take(Carver* carver) { products = carver->take<T>(dweight ? chunks->count * c_partial * 3 * tap_stride() : 0); }
 };
 
 template <class S, class T>
@@ -1176,13 +1171,15 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
   const int64_t height = extent.height, width = extent.width;
   if (args.dx) {
     const Image<T> image = channels_last<T>(args.du, height, width, du_stride);
-    conv3x3_all<S, T, T>(image, c_partial, args.weight, true, extent, args.partial, args.partial_stride(), parallel);
-    parallel_for(parallel, ceil_div(extent.pixels, kSumRows), [&](int64_t begin, int64_t end) {
-      for (int64_t p = begin * kSumRows; p < clip(end * kSumRows, extent.pixels); ++p) {
-        combine<T>(args.partial + p * args.partial_stride(), args.dy ? args.dy + p * args.dy_stride : nullptr,
-                   args.dx + p * args.dx_stride, c_partial);
-      }
-    });
+    conv3x3_all<S, T, T>(image, c_partial, args.weight, true, extent, parallel,
+                         [&](const Tiling::Tile& t, int64_t first, int64_t channels, const T* rows, int64_t stride) {
+                           const int64_t pixel = t.pixel(width);
+                           for (int64_t p = 0; p < t.pixels(); ++p) {
+                             combine<T>(rows + p * stride,
+                                        args.dy ? args.dy + (pixel + p) * args.dy_stride + first : nullptr,
+                                        args.dx + (pixel + p) * args.dx_stride + first, channels);
+                           }
+                         });
   }
 
   if (args.dweight) {
@@ -1267,33 +1264,28 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                      (chunks.count % parallel.num_threads == 0 || chunks.count >= 4 * parallel.num_threads);
   const bool direct = chunks.count == 1 && !fused;  // as in act_pw_residual_backward
   const int64_t all_stride = row_pitch<T>(channels);
-  T *dmean, *dm2, *u, *du, *pw_products;
-  Conv3x3Gradients<S, T> through = {
-      &extent, &chunks,  c_partial,  w_partial, nullptr, du_stride, dy, args.dy_pixel_stride,
-      dx,      channels, dw_partial, nullptr,   nullptr};
+  T *u, *du, *pw_products;
+  TotalGradient<S, T> total = {static_cast<const S*>(args.dz),
+                               args.dz_pixel_stride,
+                               static_cast<const S*>(args.z),
+                               args.z_pixel_stride,
+                               static_cast<const T*>(args.mean),
+                               nullptr,
+                               nullptr};
+  Conv3x3Gradients<S, T> through = {&extent, &chunks,   c_partial,  w_partial,
+                                    nullptr, du_stride, dy,         args.dy_pixel_stride,
+                                    dx,      channels,  dw_partial, nullptr};
   Carver shared;
   for (int round = 0; round < 2; ++round) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
-    dmean = shared.take<T>(c_out);
-    dm2 = shared.take<T>(c_out);
+    total.take(&shared, c_out);
     u = shared.take<T>(dw_pw && !fused ? extent.pixels * u_stride : 0);
     du = shared.take<T>(need_du ? extent.pixels * du_stride : 0);
     pw_products = shared.take<T>(dw_pw && !direct ? chunks.count * c_out * all_stride : 0);
     through.take(&shared);
   }
   through.du = du;
-  const T count = static_cast<T>(extent.pixels > 0 ? extent.pixels : 1);
-  for (int64_t c = 0; c < c_out; ++c) {
-    dmean[c] = static_cast<const T*>(args.dmean)[c] / count;
-    dm2[c] = 2 * static_cast<const T*>(args.dm2)[c];
-  }
-  const TotalGradient<S, T> total = {static_cast<const S*>(args.dz),
-                                     args.dz_pixel_stride,
-                                     static_cast<const S*>(args.z),
-                                     args.z_pixel_stride,
-                                     static_cast<const T*>(args.mean),
-                                     dmean,
-                                     dm2};
+  total.prepare(args.dmean, args.dm2, c_out, extent.pixels);
 
   // Columns [b0, b1) of du: the first c_partial channels go on through the 3x3 convolution, the others are dx.
   const auto store_du = [&](int64_t pixel, int64_t pixels, int64_t b0, int64_t b1, const T* sums, int64_t stride) {
@@ -1337,15 +1329,15 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     // Many pixels: each tile's gradient of z is made once, for du and for dw_pw.
     const int64_t dz_stride = row_pitch<T>(c_out);
     parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
-      T *packed_partial, *packed, *padded, *u_tile, *dz, *sums, *rows;
+      T *packed_partial, *packed, *dz, *sums, *rows;
       RowGroup<T>* groups;
+      PConvTile<S, T> pconv(nullptr, c_partial);
       Carver carver;
       for (int round = 0; round < 2; ++round) {
         if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-        packed_partial = carver.take<T>(packed_elements(c_partial, 9 * c_partial, sizeof(T)));
+        packed_partial = carver.take<T>(packed_elements(3 * c_partial, 3 * c_partial, sizeof(T)));
+        pconv.carve(&carver, x, tiling);
         packed = carver.take<T>(packed_elements(n_du, c_out, sizeof(T)));
-        padded = carver.take<T>(padded_elements(tiling, c_partial));
-        u_tile = carver.take<T>(tiling.max_pixels() * u_stride);
         dz = carver.take<T>(tiling.max_pixels() * dz_stride);
         sums = carver.take<T>(tiling.max_pixels() * padded_n(n_du, sizeof(T)));
         rows = carver.take<T>(tiling.max_pixels() * all_stride);
@@ -1354,7 +1346,8 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
       clear(rows, tiling.max_pixels() * all_stride);
       pack_conv3x3(w_partial, c_partial, false, 0, c_partial, packed_partial);
       pack_operand<S, T>(w_pw, 1, channels, n_du, c_out, nullptr, nullptr, packed);
-      const Packed<T> partial(packed_partial, c_partial, 9 * c_partial), pw(packed, n_du, c_out);
+      pconv.w.data = packed_partial;
+      const Packed<T> pw(packed, n_du, c_out);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
         for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
           const Tiling::Tile t = tiling.tile(i);
@@ -1364,8 +1357,8 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
             add_du(dz + k, dz_stride, pixels, pw, k, clip(hidden_chunk, c_out - k), groups, sums);
           }
           store_du(pixel, pixels, 0, n_du, sums, pw.n_padded);
-          conv3x3_tile<S, T>(x, c_partial, extent, t, partial, padded, groups, u_tile, u_stride);
-          load_u(pixel, pixels, u_tile, rows);
+          pconv.run(x, extent.height, extent.width, t, extent.rows, nullptr);
+          load_u(pixel, pixels, pconv.u, rows);
           add_products<T>(dz, dz_stride, c_out, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
                           i > chunks.begin(chunk), pw_products + chunk * c_out * all_stride, all_stride);
         }
@@ -1406,7 +1399,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     int64_t block = 10 * kRowUnit;
     while (block > 5 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
     const int64_t dz_stride = row_pitch<T>(block);
-    conv3x3_all<S, S, T>(x, c_partial, w_partial, false, extent, u, u_stride, parallel);
+    conv3x3_rows<S, T>(x, c_partial, w_partial, extent, u, u_stride, parallel);
     share_chunks(parallel, chunks, c_out, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
       T *dz, *rows, *own;
       Carver carver;
@@ -1463,7 +1456,7 @@ void pconv3x3_backward_as(const PConv3x3Backward& args, const ParallelFor& paral
   const int64_t du_stride = row_pitch<T>(c_partial);
   Conv3x3Gradients<S, T> gradients = {
       &extent, &chunks, c_partial, static_cast<const S*>(args.weight), nullptr, du_stride, nullptr,
-      0,       dx,      channels,  static_cast<S*>(args.dweight),      nullptr, nullptr};
+      0,       dx,      channels,  static_cast<S*>(args.dweight),      nullptr};
   T* du;
   Carver shared;
   for (int round = 0; round < 2; ++round) {
@@ -1485,6 +1478,27 @@ void pconv3x3_backward_as(const PConv3x3Backward& args, const ParallelFor& paral
   conv3x3_gradients<S, T>(gradients, channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride), parallel);
 }
 
+// ---- patch_stats ----------------------------------------------------------------------------------------------------
+
+template <class S, class T>
+void patch_stats_as(const PatchStats& args, const ParallelFor& parallel) {
+  const PatchConv& conv = args.conv;
+  const Extent extent(conv.batch, conv.height / conv.kh, conv.width / conv.kw);
+  const Tiling& tiling = extent.tiling;
+  Statistics statistics;
+  Carver shared;
+  for (int round = 0; round < 2; ++round) {
+    if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
+    statistics.take(&shared, tiling.tiles, conv.c_out);
+  }
+  patch_conv_tiles<S, T>(conv, tiling, parallel, [&](int64_t i) {
+    const Tiling::Tile t = tiling.tile(i);
+    const S* const y = static_cast<const S*>(conv.y) + t.pixel(extent.width) * conv.y_pixel_stride;
+    statistics.add<T>(i, y, conv.y_pixel_stride, t.pixels(), 0, conv.c_out);
+  });
+  statistics.combine_tiles<T>(tiling, args.mean, args.m2, parallel);
+}
+
 // ---- patch_conv_backward --------------------------------------------------------------------------------------------
 
 // Patches are rows of K = (kernel row, kernel column, channel), as in patch_conv. With P = sum over pixels of
@@ -1498,7 +1512,14 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
   const Tiling& tiling = extent.tiling;
   const Chunks chunks(tiling.tiles, extent.pixels, c_out * depth);
   const Image<S> x = image<S>(args.x, args.x_stride);
-  const S *const grad = static_cast<const S*>(args.grad), *const weight = static_cast<const S*>(args.weight);
+  const S* const weight = static_cast<const S*>(args.weight);
+  TotalGradient<S, T> total = {static_cast<const S*>(args.grad),
+                               args.grad_pixel_stride,
+                               static_cast<const S*>(args.y),
+                               args.y_pixel_stride,
+                               static_cast<const T*>(args.mean),
+                               nullptr,
+                               nullptr};
   const T* const scale = static_cast<const T*>(args.scale);
   S *const dx = static_cast<S*>(args.dx), *const dweight = static_cast<S*>(args.dweight);
   const bool need_products = dweight || args.dscale;
@@ -1508,10 +1529,12 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
   Carver shared;
   for (int round = 0; round < 2; ++round) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
+    total.take(&shared, c_out);
     in_order = shared.take<T>(c_out * depth);
     products = shared.take<T>(need_products ? chunks.count * c_out * product_stride : 0);
     dshifts = shared.take<double>(args.dshift ? chunks.count * c_out : 0);
   }
+  total.prepare(args.dmean, args.dm2, c_out, extent.pixels);
   if (dx || args.dscale) {
     parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
@@ -1551,8 +1574,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
         const Packed<T> part(packed, b1 - b0, c_out);
         for (int64_t i = tile0; i < tile1; ++i) {
           const Tiling::Tile t = tiling.tile(i);
-          copy_rows<S, T>(grad + t.pixel(out_width) * args.grad_pixel_stride, args.grad_pixel_stride, t.pixels(), c_out,
-                          static_cast<const T*>(nullptr), g_rows, g_stride);
+          total.tile(t.pixel(out_width), t.pixels(), 0, c_out, g_rows, g_stride);
           Gemm<T> g = {};
           const T* const rows[1] = {g_rows};
           g.groups = groups;
@@ -1597,8 +1619,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
       for (int64_t n = n0; args.dshift && n < n1; ++n) dshift[n] = 0;
       for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
         const Tiling::Tile t = tiling.tile(i);
-        copy_rows<S, T>(grad + t.pixel(out_width) * args.grad_pixel_stride + n0, args.grad_pixel_stride, t.pixels(),
-                        n1 - n0, static_cast<const T*>(nullptr), g_rows, g_stride);
+        total.tile(t.pixel(out_width), t.pixels(), n0, n1 - n0, g_rows, g_stride);
         for (int64_t p = 0; args.dshift && p < t.pixels(); ++p) {
           for (int64_t n = n0; n < n1; ++n) dshift[n] += g_rows[p * g_stride + n - n0];
         }
@@ -1634,23 +1655,23 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
   if (!need_products) return;
   parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
-      T* const total = products + n * product_stride;
-      if (tiling.tiles == 0) clear(total, depth);
+      T* const sums = products + n * product_stride;
+      if (tiling.tiles == 0) clear(sums, depth);
       for (int64_t chunk = 1; chunk < chunks.count; ++chunk) {
-        const T* const part = total + chunk * c_out * product_stride;
-        for (int64_t k = 0; k < depth; ++k) total[k] += part[k];
+        const T* const part = sums + chunk * c_out * product_stride;
+        for (int64_t k = 0; k < depth; ++k) sums[k] += part[k];
       }
       if (args.dscale) {
         double sum = 0;
         for (int64_t k = 0; k < depth; ++k) {
-          sum += static_cast<double>(in_order[n * depth + k]) * static_cast<double>(total[k]);
+          sum += static_cast<double>(in_order[n * depth + k]) * static_cast<double>(sums[k]);
         }
         static_cast<T*>(args.dscale)[n] = static_cast<T>(sum);
       }
       const T factor = scale ? scale[n] : T(1);
       for (int64_t c = 0; dweight && c < channels; ++c) {
         S* const to = dweight + (n * channels + c) * taps;
-        for (int64_t tap = 0; tap < taps; ++tap) to_storage(total[tap * channels + c] * factor, to + tap);
+        for (int64_t tap = 0; tap < taps; ++tap) to_storage(sums[tap * channels + c] * factor, to + tap);
       }
     }
   });
@@ -1684,6 +1705,10 @@ void act_pw_residual_backward(const ActPwResidualBackward& args, const ParallelF
 void pconv3x3_backward(const PConv3x3Backward& args, const ParallelFor& parallel) {
   by_dtype<PConv3x3Backward>(args.dtype, args, parallel, pconv3x3_backward_as<float, float>,
                              pconv3x3_backward_as<double, double>, pconv3x3_backward_as<bf16, float>);
+}
+void patch_stats(const PatchStats& args, const ParallelFor& parallel) {
+  by_dtype<PatchStats>(args.conv.dtype, args, parallel, patch_stats_as<float, float>, patch_stats_as<double, double>,
+                       patch_stats_as<bf16, float>);
 }
 void patch_conv_backward(const PatchConvBackward& args, const ParallelFor& parallel) {
   by_dtype<PatchConvBackward>(args.dtype, args, parallel, patch_conv_backward_as<float, float>,

@@ -12,6 +12,7 @@ struct Case {
   bool with_bn = true, with_layer_scale = false, with_sample_scale = false;
   bool own_residual = false;  // a tensor that is not x
   Slice x_slice = {}, y_slice = {};
+  bool fast = false, fast_pack = false;  // the tier, and whether the pack allows it
 };
 
 // T: storage of x and the weights; R: of the residual and the result.
@@ -21,7 +22,7 @@ std::string name_of(const Case& c) {
          c.shape.str() + " c_partial " + std::to_string(c.c_partial) + " c_hidden " + std::to_string(c.c_hidden) + " " +
          act_name(c.act) + (c.with_bn ? " bn" : "") + (c.with_layer_scale ? " layer_scale" : "") +
          (c.with_sample_scale ? " sample_scale" : "") + (c.own_residual ? " own residual" : "") +
-         (c.x_slice.stored > 0 ? " of a wider x" : "");
+         (c.x_slice.stored > 0 ? " of a wider x" : "") + (c.fast ? " fast" : "");
 }
 
 template <class T, class R>
@@ -31,7 +32,7 @@ struct Operation {
         partial(Filter<T>::random(2, c.c_partial, c.c_partial, 3, 3, false, false)),
         pw1(Filter<T>::random(3, c.c_hidden, c.shape.channels, 1, 1, c.with_bn, c.with_bn)),
         pw2(Filter<T>::random(4, c.shape.channels, c.c_hidden, 1, 1, c.with_layer_scale, false)),
-        packed({&partial, &pw1, &pw2}, First::kPConv),
+        packed({&partial, &pw1, &pw2}, c.fast_pack ? First::kFastPConv : First::kPConv),
         residual(c.shape) {
     residual.fill(5);
     for (int64_t b = 0; c.with_sample_scale && b < c.shape.batch; ++b) {
@@ -56,6 +57,7 @@ struct Operation {
     args.packed = packed.data();
     args.sample_scale = c.with_sample_scale ? sample_scale.data() + first_image : nullptr;
     args.act = c.act;
+    args.fast = c.fast;
     fasternet::block(args, parallel);
   }
 
@@ -157,6 +159,40 @@ void test_type() {
   test_non_finite<T>(wide);
 }
 
+// The fast tier: a block's error is within the same criterion, all rules about bits hold, and its pack is one that the
+// default tier reads as ever.
+void test_fast() {
+  for (int64_t channels : {32, 96, 128, 160}) {  // 8, 24, 32 and 40 convolved ones, the first without a fast tier
+    for (const Shape& shape : {Shape{1, 14, 14, channels}, Shape{2, 17, 15, channels}, Shape{3, 28, 14, channels},
+                               Shape{1, 15, 173, channels}, Shape{1, 28, 28, channels}, Shape{1, 16, 56, channels},
+                               Shape{2, 7, 9, channels}}) {
+      Case c{shape, channels / 4, channels};
+      c.x_slice = {8, channels + 16};
+      const auto run = [&] {
+        const Operation<float, float> operation(c);
+        Tensor<float> x(c.shape, Layout::kChannelsLast, c.x_slice), y(c.shape);
+        x.fill(1);
+        operation(x, &y, fasternet::serial());
+        return y;
+      };
+      const Tensor<float> direct = run();
+      c.fast_pack = true;
+      check(run().same_bits(direct), name_of<float, float>(c), "other bits with a pack for the fast tier");
+      c.fast = true;
+      const bool has_fast = channels >= 96 && shape.height >= 14 && shape.width >= 14;
+      check(run().same_bits(direct) != has_fast, name_of<float, float>(c), "runs in the other tier");
+      test_case<float>(c);
+      c.with_layer_scale = c.with_sample_scale = c.own_residual = true;
+      c.act = Act::kGelu;
+      test_case<float>(c);
+    }
+  }
+  Case c{{1, 14, 14, 96}, 24, 96};  // other dtypes ignore it
+  c.fast = c.fast_pack = true;
+  test_case<double>(c);
+  test_case<BFloat16>(c);
+}
+
 // Under autocast x is bfloat16 and the residual stream stays float.
 void test_float_residual() {
   for (const Shape& shape : {Shape{3, 7, 9, 40}, Shape{1, 1, 1, 17}, Shape{1, 3, 300, 33}, Shape{0, 7, 9, 40}}) {
@@ -176,5 +212,6 @@ int main() {
     test_type<double>();
     test_type<BFloat16>();
     test_float_residual();
+    test_fast();
   });
 }

@@ -318,7 +318,7 @@ struct Filter {
 
 // Filters packed one after the other into memory that is aligned to a cache line and ends where they do; the first one
 // PConv's or not.
-enum class First { kPConv, kOther };
+enum class First { kPConv, kFastPConv, kOther };  // kFastPConv: the fast tier's weights follow the others
 template <class T>
 class Packed {
  public:
@@ -333,10 +333,12 @@ class Packed {
       weight.n = f->n, weight.c = f->c, weight.kh = f->kh, weight.kw = f->kw;
       weight.scale = f->scale.empty() ? nullptr : f->scale.data();
       weight.shift = f->shift.empty() ? nullptr : f->shift.data();
-      weight.columns_as_outputs = weights.empty() && first == First::kPConv;
+      weight.columns_as_outputs = weights.empty() && first != First::kOther;
       weights.push_back(weight);
       size += fasternet::packed_size(weight);
     }
+    const bool fast = first == First::kFastPConv;
+    if (fast) size += fasternet::packed_fast_size(dtype, weights[0].n);
     constexpr size_t kCacheLine = 64;
     const size_t bytes = (static_cast<size_t>(size) * sizeof(Compute<T>) + kCacheLine - 1) / kCacheLine * kCacheLine;
     data_.reset(static_cast<Compute<T>*>(std::aligned_alloc(kCacheLine, std::max(bytes, kCacheLine))));
@@ -347,6 +349,7 @@ class Packed {
       fasternet::pack(weight, next);
       next += fasternet::packed_size(weight);
     }
+    if (fast) fasternet::pack_fast(weights[0], next);
   }
 
   const Compute<T>* data() const { return data_.get(); }

@@ -653,6 +653,8 @@ def _weight_gradient(
         dmean, dm2, mean = vectors(dmean, dm2, mean)
     bn = vectors(*bn)
     rows, (block_m, most) = rows_of(g), WEIGHT_TILES[precision(weight.dtype)]
+    if operand in ("taps", "patches"):  # whose addresses take registers
+        most = 64
     block_n, block_k = block(n, most), block(k, most)
     block_m = max(block_m, 1024 // block_n)  # or a thread has less than 16 bytes to load
     blocks = cdiv(n, block_n), cdiv(k, block_k)
@@ -1016,7 +1018,7 @@ def act_pw_residual_backward(
         # Nobody trains it: a plain product of the gradient and the branch will do.
         branch = empty_image(grad, grad.shape[1], torch.float32)
         project(branch, None, z, mean, scale, shift, w_pw2, layer_scale, None, act)
-        dsample = branch.mul_(grad).sum((1, 2, 3)).to(sample_scale.dtype)
+        dsample = branch.mul_(grad).sum((1, 2, 3), dtype=torch.float64).to(sample_scale.dtype)
     if need_pw2 or need_layer:
         (sample,) = vectors(sample_scale)
         dw_pw2, dlayer = _weight_gradient(

@@ -16,7 +16,12 @@ from .layout import Section, channels_inside, rows_of, sections, size, vectors_o
 from .patch import head_prepared, patch_conv_prepared
 
 
-def pack(weights: list[Tensor], scales: list[Tensor | None], shifts: list[Tensor | None]) -> Tensor:
+def pack(
+    weights: list[Tensor],
+    scales: list[Tensor | None],
+    shifts: list[Tensor | None],
+    fast: bool = False,
+) -> Tensor:
     dtype = weights[0].dtype
     shapes = [w.shape for w in weights]
     out = torch.zeros(size(shapes, dtype), dtype=dtype, device=weights[0].device)

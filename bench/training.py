@@ -1,0 +1,257 @@
+"""A training step, in turns: forward, loss, backward and an SGD step with momentum.
+
+Providers are one PyTorch in one process, so they share its threads and take turns in bursts. None
+gets a number before its loss and its gradients have been compared with float64's.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fasternet_kernels as fk
+from bench import results, stats
+from bench.report import Verdict, best, compare
+from bench.results import Row
+from bench.session import GATE
+from fasternet_kernels import timing
+
+__all__ = ["GOALS", "LABELS", "WORK", "judge", "measure", "saved_bytes", "session_text"]
+
+WORK = (("t0", 16), ("s", 4))  # network, batch
+LABELS = {
+    "eager_channels_last": "eager, channels_last",
+    "compile": "torch.compile",
+    "ours": "fasternet_kernels",
+    "ours_lean": "fasternet_kernels, lean",
+}
+# Network, batch, rival, at least this many times faster on all threads.
+GOALS = (
+    ("t0", 16, "eager_channels_last", 1.5),
+    ("t0", 16, "compile", 1.3),
+    ("s", 4, "eager_channels_last", 1.3),
+)
+
+
+def workload(network: str) -> str:
+    """What the rows call a training step of fasternet_<network>."""
+    return f"fasternet_{network}_step"
+
+
+# ---- Providers -----------------------------------------------------------------------------------
+
+
+def _model(plain: nn.Module, provider: str) -> nn.Module:
+    model = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    if provider == "compile":
+        return torch.compile(model)
+    if provider.startswith("ours"):
+        return fk.accelerate(model, lean=provider == "ours_lean")
+    return model
+
+
+def _backward(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    loss = F.cross_entropy(model(x), target)
+    loss.backward()
+    return loss.detach()
+
+
+def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, target: Tensor) -> None:
+    optimizer.zero_grad(set_to_none=True)
+    _backward(model, x, target)
+    optimizer.step()
+
+
+def _answers(model: nn.Module, x: Tensor, target: Tensor) -> Tensor:
+    """The loss and every gradient of one step, in one float64 vector."""
+    loss = _backward(model, x, target)
+    return torch.cat([t.double().flatten() for t in (loss, *(p.grad for p in model.parameters()))])
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes of the storages that a forward keeps for backward, without the model's own."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held, so that no other takes its place
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        held = model(x)
+    assert held.requires_grad
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+
+
+# ---- Measuring -----------------------------------------------------------------------------------
+
+
+def measure(
+    path: Path,
+    run: str,
+    work: Sequence[tuple[str, int]] = WORK,
+    providers: Sequence[str] = tuple(LABELS),
+    threads: int | None = None,
+    size: int = 224,
+    quick: bool = False,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Iterator[tuple[str, list[Row], dict[str, int]]]:
+    """Measures each piece of work and appends its rows to the CSV.
+
+    Args:
+        path: of the CSV.
+        run: its name in the rows.
+        work: (network, batch) pairs.
+        providers: keys of LABELS.
+        threads: of PyTorch; by default as many as it has.
+        size: height and width of the images.
+        quick: few short bursts, for a look.
+        progress: as in ``timing.measure``.
+
+    Yields:
+        (title, rows, bytes saved for backward by the providers that say so) of each piece of work.
+
+    Raises:
+        ValueError: an unknown provider, or no work.
+    """
+    for provider in providers:
+        if provider not in LABELS:
+            raise ValueError(f"no provider {provider!r}; there are {', '.join(LABELS)}")
+    if not work:
+        raise ValueError("the filters leave nothing to measure")
+    before, threads = torch.get_num_threads(), threads or torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for i, (network, batch) in enumerate(work):
+            common = {
+                "run": run,
+                "session": f"{run}/training {i}",
+                "kind": "training",
+                "workload": workload(network),
+                "batch": batch,
+                "threads": threads,
+                "height": size,
+                "width": size,
+            }
+            rows, saved = _session(common, network, providers, quick, progress)
+            results.append(path, rows)
+            yield f"{workload(network)}, batch {batch}, threads {threads}", rows, saved
+    finally:
+        torch.set_num_threads(before)
+
+
+def _session(common, network, providers, quick, progress) -> tuple[list[Row], dict[str, int]]:
+    torch.manual_seed(0)
+    plain = getattr(fk.models, f"fasternet_{network}")(drop_path_rate=0.0).train()
+    batch, size = common["batch"], common["height"]
+    x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+    target = torch.randint(0, 1000, (batch,))
+    exact = _answers(copy.deepcopy(plain).double(), x.double(), target)
+    scale, functions, saved, found = exact.norm(), {}, {}, {}
+    for provider in providers:
+        model = _model(plain, provider)
+        off = _answers(model, x, target) - exact
+        error = (off.norm() / scale).item()
+        ok = error <= GATE["fp32"]
+        found[provider] = {
+            "status": "ok" if ok else f"wrong: relative error {error:.1e}",
+            "error_rel_l2": error,
+            "error_max_abs": off.abs().max().item(),
+        }
+        if ok:
+            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+            functions[provider] = functools.partial(_step, model, optimizer, x, target)
+            if provider != "compile":  # its graph is one node
+                saved[provider] = saved_bytes(model, x)
+    settings = {"rounds": 2, "burst_seconds": 0.1} if quick else {"rounds": 8, "burst_seconds": 1.0}
+    taken = {}
+    if functions:
+        taken = timing.measure(
+            functions, dropped_calls=1, minimum_calls=2, progress=progress, **settings
+        )
+    medians = {p: _round_medians(t) for p, t in taken.items()}
+    act = next(m for m in plain.modules() if isinstance(m, nn.GELU | nn.ReLU))
+    rows = []
+    for provider in providers:
+        values = {"provider": provider, **found[provider]}
+        if provider in taken:
+            t = taken[provider]
+            values |= {
+                "median_ms": t.median * 1e3,
+                "p20_ms": t.p20 * 1e3,
+                "p80_ms": t.p80 * 1e3,
+                "min_ms": t.minimum * 1e3,
+                "images_per_s": batch / t.median,
+                "rounds": len(t.rounds),
+                "calls": len(t.samples),
+                "round_medians_ms": medians[provider],
+            }
+            if "ours" in taken:
+                ratio = stats.speedup(medians[provider], medians["ours"])
+                values |= dict(zip(("vs_ours", "vs_ours_low", "vs_ours_high"), ratio))
+        rows.append(
+            Row(
+                **results.provenance(),
+                **common,
+                channels=3,
+                act=type(act).__name__.lower(),
+                mode="latency",
+                dtype="fp32",
+                **values,
+            )
+        )
+    return rows, saved
+
+
+def _round_medians(taken: timing.Timing) -> tuple[float, ...]:
+    return tuple(sorted(samples)[len(samples) // 2] * 1e3 for samples in taken.rounds)
+
+
+# ---- Text ----------------------------------------------------------------------------------------
+
+
+def session_text(title: str, rows: Sequence[Row], saved: dict[str, int]) -> str:
+    """A session's rows, the fastest first, with what each saves for backward."""
+    lines = [f"\n{title}"]
+    for row in sorted(rows, key=lambda r: r.median_ms or float("inf")):
+        name = f"{LABELS[row.provider]:24}"
+        if not row.ok:
+            lines.append(f"{name}  {row.status}")
+            continue
+        line = f"{name}  {row.median_ms:7.1f} ms ({row.p20_ms:.1f} to {row.p80_ms:.1f})"
+        line += f"  error {row.error_rel_l2:.1e}"
+        if row.provider in saved:
+            line += f"  saves {saved[row.provider] / 2**20:.0f} MiB"
+        if row.vs_ours is not None and row.provider != "ours":
+            line += f"  {stats.Interval(row.vs_ours, row.vs_ours_low, row.vs_ours_high)} ours"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def judge(rows: Sequence[Row]) -> list[Verdict]:
+    """Each goal, on the most threads that were measured."""
+    last = [row for row in results.latest(rows) if row.kind == "training"]
+    verdicts = []
+    for network, batch, rival, at_least in GOALS:
+        same = [r for r in last if (r.workload, r.batch) == (workload(network), batch)]
+        same = [r for r in same if r.threads == max(row.threads for row in same)]
+        mine, theirs = (
+            best(r for r in same if r.provider == provider) for provider in ("ours", rival)
+        )
+        ratio = compare(theirs, mine) if mine and theirs else None
+        verdicts.append(
+            Verdict(
+                f"training step of {network.upper()}, batch {batch}: over {LABELS[rival]}",
+                "not measured" if ratio is None else str(ratio),
+                f"{at_least:.2f}x",
+                None if ratio is None else ratio.value >= at_least and ratio.low > 1,
+            )
+        )
+    return verdicts
