@@ -9,9 +9,11 @@ import os
 import random
 import subprocess
 import sys
+import unittest.mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import (
     ACTS,
     DTYPES,
@@ -22,6 +24,7 @@ from cases import (
     assert_right,
     double,
     image,
+    loop_conv,
     randn,
     weights,
 )
@@ -98,7 +101,8 @@ def fake(name, args):
 
 
 def check(name, *args):
-    """The kernel against the reference in float64, beside the reference in the same dtype."""
+    """The kernel against the reference in float64, beside the reference in the same dtype with
+    PyTorch's convolutions and with sums in order."""
     kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     got = KERNELS[name](*args)
     for before, after in zip(kept, args):
@@ -112,7 +116,12 @@ def check(name, *args):
     )
     plain = getattr(reference, name)
     exact = plain(*double(args))
-    assert_right(got, exact, lambda: plain(*args), what=name)
+
+    def in_order():
+        with unittest.mock.patch.object(F, "conv2d", loop_conv):
+            return plain(*args)
+
+    assert_right(got, exact, lambda: plain(*args), in_order, what=name)
     return got
 
 
