@@ -9,9 +9,11 @@ import os
 import random
 import subprocess
 import sys
+import unittest.mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import (
     ACTS,
     DTYPES,
@@ -22,6 +24,7 @@ from cases import (
     assert_right,
     double,
     image,
+    loop_conv,
     randn,
     weights,
 )
@@ -36,7 +39,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from fasternet_kernels import ops, reference
 from fasternet_kernels.selftest import allowed_errors, errors
-from fasternet_kernels.triton import FAMILIES, KERNELS, block, common, layout, pconv
+from fasternet_kernels.triton import FAMILIES, KERNELS, block, common, layout, patch, pconv
 
 # Every stage's channels, few pixels.
 STAGES = [
@@ -57,12 +60,12 @@ def path(request):
 @pytest.fixture
 def large_tiles(monkeypatch):
     """Tiles as no GPU could have them, where the shipped ones make the interpreter slow."""
-    for module in (pconv, block):
+    for module in (pconv, block, patch):
         original = module.config
 
         def config(op, shape, *args, original=original):
             found = original(op, shape, *args)
-            if op in ("pconv", "gemm") and shape[0] >= 64:
+            if op in ("pconv", "gemm", "patch_conv") and shape[0] >= 64:
                 found = found | {"BLOCK_N": 512, "BLOCK_K": 128}
             return found
 
@@ -98,7 +101,8 @@ def fake(name, args):
 
 
 def check(name, *args):
-    """The kernel against the reference in float64, beside the reference in the same dtype."""
+    """The kernel against the reference in float64, beside the reference in the same dtype with
+    PyTorch's convolutions and with sums in order."""
     kept = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
     got = KERNELS[name](*args)
     for before, after in zip(kept, args):
@@ -112,7 +116,12 @@ def check(name, *args):
     )
     plain = getattr(reference, name)
     exact = plain(*double(args))
-    assert_right(got, exact, lambda: plain(*args), what=name)
+
+    def in_order():
+        with unittest.mock.patch.object(F, "conv2d", loop_conv):
+            return plain(*args)
+
+    assert_right(got, exact, lambda: plain(*args), in_order, what=name)
     return got
 
 
@@ -155,10 +164,11 @@ def test_stage(case, dtype, path):
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("channels", [3, *sorted({c.channels for c in STAGES if c.height == 3})])
+@pytest.mark.parametrize(
+    "channels", [3, *sorted({w << i for w in NETWORKS.values() for i in range(3)})]
+)
+@pytest.mark.usefixtures("large_tiles")
 def test_stage_patch_conv(channels, dtype):
-    if channels > 768:
-        pytest.skip("no merging layer stands behind so many channels")
     side, c_out = (4, 40) if channels == 3 else (2, 2 * channels)
     x = randn(1, channels, 2 * side + 1, 3 * side, seed=1, dtype=DTYPES[dtype])
     x = x.to(memory_format=torch.channels_last)
