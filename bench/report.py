@@ -258,10 +258,12 @@ def _where(row: Row) -> str:
     ]
     return (
         f"{row.processor}, {row.cores} processors, {row.isa}; {', '.join(versions)}; "
-        f"{row.compiler}; float32, 224x224, random weights. Medians of interleaved bursts; "
-        "BatchNorm is folded for all. The last columns say how many times faster "
-        "fasternet_kernels is than the fastest other runtime of its row, with the 95 % bootstrap "
-        "interval; below 1 it is slower."
+        f"{row.compiler}; float32, 224x224, random weights. Runtimes take turns in short bursts; "
+        "BatchNorm is folded for all. Cells are medians over all calls. The last columns say how "
+        "many times faster fasternet_kernels is than the fastest other runtime of its row: the "
+        "median of the ratios of single rounds, with its 95 % bootstrap interval. Where the "
+        "machine's speed changed they differ from the quotient of two cells; an interval that "
+        "holds 1 decides nothing, and below 1 it is slower."
     )
 
 

@@ -234,7 +234,7 @@ def provenance() -> dict[str, object]:
     }
 
 
-_GENERATED = (":(exclude)bench/results", ":(exclude)README.md")
+_GENERATED = (":(exclude)bench/results", ":(exclude)README.md", ":(exclude)docs")
 
 
 def now() -> str:

@@ -1,6 +1,6 @@
 // The CPU implementations of the fasternet_kernels ops: check, fill the struct of csrc, call. Schemas, fakes, autograd
-// and the reference live in fasternet_kernels/ops.py. LibTorch stable ABI (target 2.10): one binary serves every later
-// torch.
+// and the reference live in fasternet_kernels/ops.py. LibTorch stable ABI (target 2.10): one binary is meant to serve
+// every later torch.
 //
 // An output follows the memory format that the input suggests. The kernels work on channels-last memory: another input
 // is copied to it, and the output back. float16 is computed in float32.

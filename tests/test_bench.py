@@ -560,9 +560,29 @@ def test_operators_and_conclusions():
     flops = claims["PConv does more FLOPS than depthwise, 96x56x56"]
     assert flops[1:3] == ["0.50x (0.50 to 0.50)", "2.00x (2.00 to 2.00)"]
     assert flops[3] == "only with these kernels; less than published"
-    wide = stats.Interval(1.1, 0.9, 1.3)
-    assert tables.verdict(None, wide, 1.0).startswith("undecided")
     assert "python -m bench operators" in tables.operators_text([])
+
+
+@pytest.mark.parametrize(
+    "general, ours, words",
+    [
+        (None, None, "not measured"),
+        ((1.2, 1.1, 1.3), (1.5, 1.4, 1.6), "holds"),
+        ((1.2, 1.1, 1.3), None, "holds"),
+        ((1.05, 1.01, 1.08), (1.5, 1.4, 1.6), "holds; less than published"),
+        ((0.8, 0.7, 0.9), (1.5, 1.4, 1.6), "only with these kernels"),
+        ((0.8, 0.7, 0.9), (1.05, 1.01, 1.08), "only with these kernels; less than published"),
+        ((1.1, 0.9, 1.3), (1.5, 1.4, 1.6), "holds with these kernels; undecided without"),
+        (None, (1.5, 1.4, 1.6), "holds with these kernels; others not measured"),
+        ((0.8, 0.7, 0.9), (0.9, 0.8, 0.95), "does not hold"),
+        ((1.05, 0.95, 1.2), (0.9, 0.8, 0.95), "undecided: the interval holds 1"),
+        (None, (1.1, 0.9, 1.3), "undecided: the interval holds 1"),
+    ],
+)
+def test_verdicts(general, ours, words):
+    """Of the claim of being 1.1 times faster."""
+    intervals = (None if i is None else stats.Interval(*i) for i in (general, ours))
+    assert tables.verdict(*intervals, 1.1) == words
 
 
 def test_published_figures():

@@ -505,7 +505,7 @@ print(status("VmHWM") - before)
 @pytest.mark.slow
 def test_peak_memory_of_a_step():
     """Resident memory of a process: eager needs more than fused, fused more than lean."""
-    # Freed tensors go back to the system at once: glibc would keep some for later, and more or less.
+    # Freed tensors go back to the system at once: glibc would keep some for later.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
 
     def run(kind):
