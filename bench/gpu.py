@@ -1,4 +1,5 @@
-"""Everything there is to do on a machine with a CUDA GPU: `make gpu`, under nine minutes.
+"""Everything there is to do on a machine with a CUDA GPU: `make gpu`, within a budget of nine
+minutes.
 
     make gpu                              all sections, in this order
     make gpu ARGS="--sections tests,tune" some of them

@@ -291,9 +291,6 @@ def test_fast_tier(case):
     assert torch.equal(fast, default) == (case.c_partial % 8 != 0)
 
 
-FAST_TIER = 2e-5  # what the fast tier promises of a network, relative to float64
-
-
 @pytest.mark.parametrize("case", [Case(6, 128, 56, 56), Case(25, 96, 27, 31)], ids=lambda c: c.id)
 def test_fast_functions(case):
     """On enough pixels the functions transform the weights themselves; gradients never do."""
@@ -315,8 +312,8 @@ def test_fast_functions(case):
         with torch.no_grad():
             fast = call(True)
         assert not torch.equal(fast, direct), name
-        exact = exactly[name]()
-        assert (fast.double() - exact).norm() <= FAST_TIER * exact.norm(), name
+        exact = exactly[name]()  # csrc/fasternet_cpu.h: up to five times the direct error
+        assert (fast - exact).norm() <= 5 * (direct - exact).norm(), name
 
 
 def test_fast_functions_know_no_special_value_from_afar():
@@ -329,6 +326,21 @@ def test_fast_functions_know_no_special_value_from_afar():
     assert (reached[:, 0] == 3).all()
     assert (reached[:, 1] - 20).abs().max() <= 2 and (reached[:, 2] - 30).abs().max() <= 4
     assert y[3, :, 19:22, 29:32].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_derivatives_at_the_kinks(dtype):
+    """Of relu at 0 and hardswish at -3 and 3, as eager's."""
+    z = torch.tensor([-3.0, 0.0, 3.0], dtype=dtype).repeat(16)[None, None].expand(1, 4, 1, 48)
+    z = z.contiguous(memory_format=torch.channels_last)
+    zero, one = torch.zeros(4, dtype=dtype), torch.ones(4, dtype=dtype)
+    for act in ("relu", "hardswish"):
+        leaf = z.clone().requires_grad_()
+        plain_act(leaf, act).sum().backward()
+        got = OPS.bn_act_backward(
+            torch.ones_like(z), z, zero, one, zero, act, [True, False, False, False]
+        )
+        assert torch.equal(got[0], leaf.grad), act
 
 
 def test_fast_weights_need_a_square_filter():

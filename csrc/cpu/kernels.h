@@ -48,9 +48,9 @@ static inline int64_t packed_elements(int64_t n, int64_t k, int64_t element_size
 }
 
 // The fast tier's weights of a PConv: kWinogradProducts packed weights with n = k = c_partial. The vectors of its
-// transforms are of 8 channels. Chains of ReLU blocks against the direct method (AVX-512, one thread): 1.04 at 48 of
-// 192 channels and 1.02 at 32 of 128 on 56x56, 1.04 at 48 of 192 and 1.02 at 64 of 256 on 28x28, 1.03 at 40 of 160 to
-// 128 of 512 and 1.02 at 192 of 768 on 14x14, where more of a patch is padding; slower on 7x7.
+// transforms are of 8 channels. Where it is allowed it is worth a few percent of a block: PConv is an eighth of it, and
+// small images have more of a patch in the padding. On 7x7 it is slower. `python -m bench blocks` sets both tiers
+// beside each other, and bench/results has the rows.
 constexpr int kWinogradProducts = 24;
 static inline bool has_winograd(int64_t c_partial) { return c_partial >= 24 && c_partial % 8 == 0; }
 static inline bool winograd_pays(int64_t height, int64_t width) { return height >= 14 && width >= 14; }

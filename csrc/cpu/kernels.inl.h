@@ -783,7 +783,7 @@ struct PConvTile {
     const bool can = Same<S, float>::value && x.channel_stride == 1;
     if (can && fast_tier_pays(c_partial, height, width)) winograd = {c_partial, packed, nullptr, nullptr, nullptr};
   }
-  // A product has a row for eight outputs: 14x14 images as one tile are worth 3 % of a block against two tiles.
+  // A product has a row for eight outputs: with the direct method's tiles it would have too few to pay for its weights.
   int64_t tile_pixels() const { return winograd.packed ? 2 * kTilePixels : kTilePixels; }
   static bool copies(const Image<S>& x) { return x.channel_stride != 1 || must_copy<S, T>(x.pixel_stride); }
   void carve(Carver* carver, const Image<S>& x, const Tiling& tiling) {

@@ -231,8 +231,8 @@ inline void act_and_gradient_ps(typename VT::type x, typename VT::type* a, typen
     *da *= e * s * s * x * slope + s;
   } else if constexpr (kAct == Act::kHardswish) {
     *a = act_ps<kAct, VT>(x);
-    const V inside = x <= zero + 3.0f ? *da * (x * (1.0f / 3.0f) + 0.5f) : *da;
-    *da = x < zero - 3.0f ? zero : inside;
+    const V inside = x < zero + 3.0f ? *da * (x * (1.0f / 3.0f) + 0.5f) : *da;
+    *da = x <= zero - 3.0f ? zero : inside;
   } else {
     *a = x;
   }
@@ -251,8 +251,8 @@ inline void act_and_gradient_pd(double x, double* a, double* da) {
     const double s = 1.0 / (1.0 + ::exp(-x));
     *da *= s * (1.0 + x * (1.0 - s));
   } else if constexpr (kAct == Act::kHardswish) {
-    const double inside = x <= 3.0 ? *da * (x / 3.0 + 0.5) : *da;
-    *da = x < -3.0 ? 0.0 : inside;
+    const double inside = x < 3.0 ? *da * (x / 3.0 + 0.5) : *da;
+    *da = x <= -3.0 ? 0.0 : inside;
   }
 }
 template <Act kAct, class T>
