@@ -404,7 +404,7 @@ def test_a_process_that_fails_or_dies_says_why(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("provider", [p for p in PROVIDERS if p != "ours_fast"])
+@pytest.mark.parametrize("provider", list(PROVIDERS))
 @pytest.mark.parametrize("name", ["fasternet_t0", "t0_stage4_gelu"])
 def test_provider_computes_the_network(provider, name, tmp_path):
     if reason := available(provider):
