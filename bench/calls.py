@@ -18,10 +18,11 @@ __all__ = ["BACKWARD", "DTYPES", "FORWARD", "INFERENCE", "TRAINING", "Call", "ca
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INFERENCE = ("pconv3x3", "pconv3x3_", "pconv_pw", "block", "patch_conv", "head")
-FORWARD = ("pw_stats", "bn_act", "act_pw_residual")
+FORWARD = ("pw_stats", "patch_stats", "bn_act", "act_pw_residual")
 BACKWARD = (
     "pconv3x3_backward",
     "pw_stats_backward",
+    "patch_stats_backward",
     "bn_act_backward",
     "act_pw_residual_backward",
 )
@@ -61,7 +62,7 @@ class Call:
     def shape(self) -> tuple[int, int, int, int]:
         """(B, C, H, W) of what comes in."""
         side = self.side or IMAGE_SIZE // 4 >> (self.stage - 1)
-        if self.op.startswith("patch_conv"):
+        if self.op.startswith("patch_"):
             if self.stage == 1:
                 return self.batch, 3, 4 * side, 4 * side
             return self.batch, self.channels // 2, 2 * side, 2 * side
@@ -95,10 +96,17 @@ class Call:
             return x, w_partial, w_pw1, scale, shift, self.act, False
         if self.op == "block":
             return x, w_partial, w_pw1, w_pw2, scale, shift, None, None, self.act, False
-        if self.op == "patch_conv":
+        if self.op.startswith("patch_"):
+            outputs = functools.partial(vector, self.channels)
             side = 4 if self.stage == 1 else 2
             weight = image(self.channels, c, side, side, scale=(c * side * side) ** -0.5)
-            return x, weight, vector(self.channels), vector(self.channels), True
+            if self.op == "patch_conv":
+                return x, weight, outputs(), outputs(), True
+            if self.op == "patch_stats":
+                return x, weight
+            dz, z = (image(batch, self.channels, height // side, width // side) for _ in range(2))
+            mask = [self.stage > 1, True]  # no gradient of images
+            return dz, outputs(), outputs(), x, z, outputs(), weight, mask
         if self.op == "head":
             w_conv = image(HEAD_WIDTH, c, 1, 1, scale=c**-0.5)
             w_fc = image(CLASSES, HEAD_WIDTH, scale=HEAD_WIDTH**-0.5)

@@ -37,7 +37,16 @@ from fasternet_kernels.triton import common
 
 __all__ = ["COMPUTED", "H100", "OPS", "PATH", "Row", "rows", "text", "write"]
 
-OPS = ("block", "pconv_pw", "pconv3x3", "pconv3x3_", "patch_conv", "pw_stats", "act_pw_residual")
+OPS = (
+    "block",
+    "pconv_pw",
+    "pconv3x3",
+    "pconv3x3_",
+    "patch_conv",
+    "pw_stats",
+    "patch_stats",
+    "act_pw_residual",
+)
 PATH = results.RESULTS / "gpu" / "roofline-h100.csv"  # beside the measurements, not among them
 COMPUTED = "computed, not measured"
 CAPABILITY = (9, 0)
@@ -124,6 +133,7 @@ _MACS = {
     "block_kernel": lambda a: a["M"] * (9 * a["CP"] ** 2 + 2 * a["C"] * a["CH"]),
     "gemm_kernel": lambda a: a["M"] * a["N"] * a["K"],
     "patch_kernel": lambda a: a["M"] * a["N"] * a["C"] * a["KH"] * a["KW"],
+    "patch_stats_kernel": lambda a: a["M"] * a["N"] * a["C"] * a["KH"] * a["KW"],
     "pw_stats_kernel": lambda a: (
         a["rows"] * (a["FUSED"] * 9 * a["C_PARTIAL"] ** 2 + a["C"] * a["C_OUT"])
     ),

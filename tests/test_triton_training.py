@@ -63,15 +63,25 @@ def arguments(case, dtype, fmt=torch.channels_last):
     scales = w["layer_scale"], w["sample_scale"]
     none = None, None
     act = case.act
+    # Merging patches of 2 x 2 where the image has them.
+    size = min(2, case.height), min(2, case.width)
+    patch = randn(case.c_hidden, case.channels, *size, seed=49, dtype=dtype)
+    patch *= (case.channels * size[0] * size[1]) ** -0.5
+    shape = *shape[:2], case.height // size[0], case.width // size[1]
+    patches, dpatches = (
+        randn(*shape, seed=s, dtype=dtype).to(memory_format=torch.channels_last) for s in (50, 51)
+    )
     cp = case.c_partial
     return {
         "pw_stats": ((x, partial, pw1), 0),
+        "patch_stats": ((x, patch), 0),
         "bn_act": ((z, *vectors, act), 0),
         "act_pw_residual": ((x, z, *vectors, pw2, *scales, act), 0),
         "act_pw_residual bare": ((x, z, *vectors, pw2, *none, act), 0),
         "pconv3x3_backward": ((dy, x[:, :cp], partial), 2),
         "pw_stats_backward": ((dz, *dstats, x, z, mean, partial, pw1), 3, dy),
         "pw_stats_backward alone": ((dz, *dstats, x, z, mean, partial, pw1), 3),
+        "patch_stats_backward": ((dpatches, *dstats, x, patches, mean, patch), 2),
         "bn_act_backward": ((dz, z, *vectors, act), 4),
         "bn_act_recompute_backward": ((dz, x, *vectors, partial, pw1, act), 4),
         "act_pw_residual_backward": ((dy, z, *vectors, pw2, *scales, act), 7),
@@ -113,13 +123,17 @@ def run(fn, name, call, mask=None):
 
 
 def loop_conv_backward(grad, x, weight, need_x, need_weight, stride=(1, 1), padding=0):
-    """The gradients of a convolution of stride 1, one multiply and one add at a time."""
+    """The gradients of a convolution, one multiply and one add at a time; its stride is 1 or the
+    kernel."""
+    kernel = weight.shape[2:]
     dx = dw = None
-    if need_x:
-        around = weight.shape[2] - 1 - padding
-        dx = loop_conv(grad, weight.flip(2, 3).transpose(0, 1), padding=around)
+    if need_x and padding:
+        dx = loop_conv(grad, weight.flip(2, 3).transpose(0, 1), padding=kernel[0] - 1 - padding)
+    elif need_x:  # no pixel is in two patches
+        columns = loop_conv(grad, weight.flatten(1).t()[:, :, None, None])
+        dx = F.fold(columns.float().flatten(2), x.shape[2:], kernel, stride=stride).to(grad.dtype)
     if need_weight:
-        columns = F.unfold(x.float(), weight.shape[2:], padding=padding)
+        columns = F.unfold(x.float(), kernel, padding=padding, stride=stride)
         dw = torch.zeros(weight.shape).flatten(1)
         for g, a in zip(
             *(t.transpose(1, 2).flatten(0, 1) for t in (grad.float().flatten(2), columns))
@@ -193,11 +207,9 @@ def check(name, call):
             assert torch.allclose(t, old, rtol=0, atol=0, equal_nan=True), "an input was changed"
     exact = list(run(getattr(reference, op), name, double(call)))
     eager = run(getattr(reference, op), name, call)
-    rivals = [[e] for e in eager]
-    if op != "patch_conv_backward":
-        loops = functools.cache(lambda: in_loops(name, call))
-        rivals = [[e, lambda i=i: loops()[i]] for i, e in enumerate(eager)]
-    if op == "pw_stats":  # the statistics are those of z as stored
+    loops = functools.cache(lambda: in_loops(name, call))
+    rivals = [[e, lambda i=i: loops()[i]] for i, e in enumerate(eager)]
+    if op in ("pw_stats", "patch_stats"):  # the statistics are those of z as stored
         exact[1:] = reference.statistics(got[0].double())
         for i, rival in enumerate(reference.statistics(got[0]), 1):
             rivals[i] = [rival, lambda i=i: in_order_statistics(got[0])[i - 1]]
@@ -255,7 +267,7 @@ def test_edges(case):
     if case.batch == 1:  # dsample_scale is then one number: too few to judge by
         calls["act_pw_residual_backward"] = (calls["act_pw_residual_backward"][0], 6)
     for name in SINGLE:
-        if case.batch or name != "pw_stats":
+        if case.batch or name not in ("pw_stats", "patch_stats"):
             check(name, calls[name])
 
 
@@ -341,8 +353,8 @@ def test_mixed_dtypes(name):
     [(3, (4, 4), (9, 14), "nchw"), (3, (4, 4), (8, 8), "nhwc"), (40, (2, 2), (6, 5), "nhwc")],
     ids=["stem", "stem-nhwc", "merging"],
 )
-def test_patch_conv_backward(channels, kernel, size, fmt, dtype):
-    """Pixels that no patch covers have a gradient of zero."""
+def test_patches(channels, kernel, size, fmt, dtype, few_programs):
+    """Stem and merging layers. Pixels that no patch covers have a gradient of zero."""
     dtype = DTYPES[dtype]
     x = randn(3, channels, *size, seed=1, dtype=dtype).to(memory_format=FORMATS[fmt])
     weight = randn(24, channels, *kernel, seed=2, dtype=dtype, scale=0.2)
@@ -350,6 +362,9 @@ def test_patch_conv_backward(channels, kernel, size, fmt, dtype):
     scale, shift = (randn(24, seed=s) for s in (4, 5))
     check("patch_conv_backward", ((grad, x, weight, scale, shift), 4))
     check("patch_conv_backward", ((grad, x, weight, None, None), 2))
+    z, mean, _ = check("patch_stats", ((x, weight), 0))
+    dstats = [randn(24, seed=s, scale=0.1) for s in (6, 7)]
+    check("patch_stats_backward", ((grad, *dstats, x, z, mean, weight), 2))
 
 
 @pytest.mark.parametrize(
@@ -366,6 +381,19 @@ def test_recompute(lean):
         assert torch.equal(a, b) and a.stride() == b.stride()
 
 
+def test_recompute_of_patches():
+    calls = arguments(SMALL, torch.float16)
+    (x, patch), _ = calls["patch_stats"]
+    grad = calls["patch_stats_backward"][0][0]
+    _, _, *vectors, act = calls["bn_act_backward"][0]
+    z = kernel("patch_stats")(x, patch)[0]
+    assert torch.equal(z, kernel("patch_conv")(x, patch, None, None, True))
+    expected = (z, *kernel("bn_act_backward")(grad, z, *vectors, act, [True] * 4))
+    got = kernel("bn_act_recompute_backward")(grad, x, *vectors, None, patch, act, [True] * 4)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b) and a.stride() == b.stride()
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("batch, size", [(5, 12), (1, 1), (2, 2)])
 def test_statistics_of_a_large_mean(batch, size, dtype, few_programs):
@@ -373,17 +401,24 @@ def test_statistics_of_a_large_mean(batch, size, dtype, few_programs):
     case = Case(batch, 24, size, size)
     x, w = image(case, DTYPES[dtype]), weights(case, DTYPES[dtype])
     x[:, -1], w["w_pw1"][:, -1] = 1e4 if dtype == "fp32" else 1e3, 1
-    _, mean, _ = check("pw_stats", ((x, w["w_partial"], w["w_pw1"]), 0))
-    assert mean.min() > 9e2
+    patch = randn(48, 24, 1, 1, seed=9, dtype=x.dtype, scale=0.2)
+    patch[:, -1] = 1
+    for name, *args in (("pw_stats", x, w["w_partial"], w["w_pw1"]), ("patch_stats", x, patch)):
+        _, mean, _ = check(name, (tuple(args), 0))
+        assert mean.min() > 9e2
 
 
 def test_gradients_beside_a_large_mean():
     calls = arguments(SMALL, torch.float32)
-    for name in ("pw_stats_backward", "bn_act_backward", "act_pw_residual_backward"):
-        args = calls[name][0]
-        args[4 if name == "pw_stats_backward" else 1].add_(1e4)
-        args[5 if name == "pw_stats_backward" else 2].add_(1e4)
-        check(name, calls[name])
+    for name, z in (
+        ("pw_stats_backward", 4),
+        ("patch_stats_backward", 4),
+        ("bn_act_backward", 1),
+        ("act_pw_residual_backward", 1),
+    ):
+        args = list(calls[name][0])
+        args[z], args[z + 1] = args[z] + 1e4, args[z + 1] + 1e4
+        check(name, (tuple(args), *calls[name][1:]))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

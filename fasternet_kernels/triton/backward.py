@@ -38,6 +38,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
+from .block import matrix, sample_of
 from .common import (
     activation,
     cdiv,
@@ -53,17 +54,20 @@ from .common import (
     round_up,
     vector,
 )
+from .patch import patch_place
 from .pconv import convolve, place, taps_of
 from .training import (
     block,
     convolved_head,
     load_vectors,
     normalise,
+    patch_convolved,
     pconv_pointwise,
     persistent,
     project,
     rows_of,
     tile_of,
+    tile_range,
     tiles,
     vectors,
 )
@@ -145,12 +149,12 @@ def dz_kernel(
     mean, scale, shift = load_vectors(mean_ptr, scale_ptr, shift_ptr, n, C_HIDDEN)
     total = tl.zeros((BLOCK_N,), tl.float32)
     moment = tl.zeros((BLOCK_N,), tl.float32)
-    first = tl.program_id(1) * tiles_per_program
-    for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(rows, BLOCK_M))):
-        start = tile * BLOCK_M
-        valid = start + local < rows
+    first, end = tile_range(tl.program_id(1), rows, tiles_per_program, BLOCK_M)
+    for tile in range(first, end):
+        start = tl.cast(tile, tl.int64) * BLOCK_M
+        valid = local < rows - start
         keep = valid[:, None] & (n < C_HIDDEN)[None, :]
-        grad_tile = grad_ptr + tl.cast(start, tl.int64) * GRAD_STEP
+        grad_tile = grad_ptr + start * GRAD_STEP
         if PROJECT:
             da = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
             for k0 in range(0, C, BLOCK_K):
@@ -173,11 +177,12 @@ def dz_kernel(
             da = tl.load(
                 grad_tile + local[:, None] * GRAD_STEP + n[None, :], mask=keep, other=0.0
             ).to(tl.float32)
-        z_tile = z_ptr + tl.cast(start, tl.int64) * Z_STEP
+        z_tile = z_ptr + start * Z_STEP
         z = tl.load(z_tile + local[:, None] * Z_STEP + n[None, :], mask=keep, other=0.0)
         centred, t = normalise(z, mean, scale, shift)
         if HAS_SAMPLE:
-            sample = tl.load(sample_ptr + (start + local) // image_pixels, mask=valid, other=0.0)
+            image = sample_of(start, local, image_pixels)
+            sample = tl.load(sample_ptr + image, mask=valid, other=0.0)
             da *= sample.to(tl.float32)[:, None]
         dt = act_gradient(da, t, ACT)
         if NEED_SUMS:
@@ -186,7 +191,7 @@ def dz_kernel(
             moment += tl.sum(tl.where(keep, dt * centred, 0.0), 0)
         if NEED_Z:
             dz = (dt * scale).to(dz_ptr.dtype.element_ty)
-            dz_tile = dz_ptr + tl.cast(start, tl.int64) * C_HIDDEN
+            dz_tile = dz_ptr + start * C_HIDDEN
             tl.store(dz_tile + local[:, None] * C_HIDDEN + n[None, :], dz, mask=keep)
     if NEED_SUMS:
         partial_ptr += tl.program_id(1) * 2 * C_HIDDEN + n
@@ -225,6 +230,59 @@ def add_statistics(dz, z, dmean_ptr, dm2_ptr, mean_ptr, rows, n, N: tl.constexpr
 
 
 @triton.jit
+def load_total(
+    g_ptr,
+    z_ptr,
+    dmean_ptr,
+    dm2_ptr,
+    mean_ptr,
+    start,
+    local,
+    keep,
+    rows,
+    n,
+    N: tl.constexpr,
+    G_STEP: tl.constexpr,
+    Z_STEP: tl.constexpr,
+    STATS: tl.constexpr,
+):
+    """A tile of the gradient that begins at the row ``start``, total if STATS. What is not kept is
+    anything then, but for zeros in columns beyond N."""
+    g = tl.load(g_ptr + start * G_STEP + local[:, None] * G_STEP + n[None, :], mask=keep, other=0.0)
+    if STATS:
+        z = tl.load(
+            z_ptr + start * Z_STEP + local[:, None] * Z_STEP + n[None, :], mask=keep, other=0.0
+        )
+        g = add_statistics(g, z, dmean_ptr, dm2_ptr, mean_ptr, rows, n, N)
+    return g
+
+
+@triton.jit
+def store_dx(
+    dx,
+    dy_ptr,
+    dx_ptr,
+    start,
+    local,
+    valid,
+    n,
+    N: tl.constexpr,
+    DY_STEP: tl.constexpr,
+    DX_STEP: tl.constexpr,
+    HAS_DY: tl.constexpr,
+):
+    """Stores a tile of dx, plus dy if there is one: rows from ``start`` on, channels ``n`` of N."""
+    keep = valid & (n < N)[None, :]
+    if HAS_DY:
+        dy_ptr += start * DY_STEP
+        dy = tl.load(dy_ptr + local[:, None] * DY_STEP + n[None, :], mask=keep, other=0.0)
+        dx += dy.to(tl.float32)
+    dx_ptr += start * DX_STEP
+    dx = dx.to(dx_ptr.dtype.element_ty)
+    tl.store(dx_ptr + local[:, None] * DX_STEP + n[None, :], dx, mask=keep)
+
+
+@triton.jit
 def pconv_dx_kernel(
     du_ptr,
     taps_ptr,
@@ -249,7 +307,6 @@ def pconv_dx_kernel(
     """The first C_PARTIAL channels of dx: the convolution of du, C channels of which may be read,
     with the taps turned round, plus dy."""
     start, n = tile_of(C_PARTIAL, BLOCK_M, BLOCK_N)
-    start = tl.cast(start, tl.int64)
     local = tl.arange(0, BLOCK_M)
     inside = local < rows - start
     row, column = place(start, local, height, width)
@@ -257,14 +314,9 @@ def pconv_dx_kernel(
         du_ptr + start * DU_STEP, taps_ptr, local, inside, row, column, n, height, width, C,
         C_PARTIAL, DU_STEP, TAP_STEP, BLOCK_M, BLOCK_N, BLOCK_K, VECTOR, PRECISION,
     )  # fmt: skip
-    keep = inside[:, None] & (n < C_PARTIAL)[None, :]
-    if HAS_DY:
-        dy_ptr += start * DY_STEP
-        dy = tl.load(dy_ptr + local[:, None] * DY_STEP + n[None, :], mask=keep, other=0.0)
-        dx += dy.to(tl.float32)
-    dx_ptr += start * DX_STEP
-    dx = dx.to(dx_ptr.dtype.element_ty)
-    tl.store(dx_ptr + local[:, None] * DX_STEP + n[None, :], dx, mask=keep)
+    store_dx(
+        dx, dy_ptr, dx_ptr, start, local, inside[:, None], n, C_PARTIAL, DY_STEP, DX_STEP, HAS_DY
+    )
 
 
 @triton.jit
@@ -284,15 +336,15 @@ def total_kernel(
 ):
     """total as a tensor."""
     start, n = tile_of(C_HIDDEN, BLOCK_M, BLOCK_N)
-    local = tl.arange(0, BLOCK_M)[:, None]
-    keep = (start + local < rows) & (n < C_HIDDEN)[None, :]
-    first = tl.cast(start, tl.int64)
-    dz = tl.load(dz_ptr + first * DZ_STEP + local * DZ_STEP + n[None, :], mask=keep, other=0.0)
-    z = tl.load(z_ptr + first * Z_STEP + local * Z_STEP + n[None, :], mask=keep, other=0.0)
-    total = add_statistics(dz, z, dmean_ptr, dm2_ptr, mean_ptr, rows, n, C_HIDDEN)
-    total_ptr += first * C_HIDDEN
+    local = tl.arange(0, BLOCK_M)
+    keep = (local < rows - start)[:, None] & (n < C_HIDDEN)[None, :]
+    total = load_total(
+        dz_ptr, z_ptr, dmean_ptr, dm2_ptr, mean_ptr, start, local, keep, rows, n, C_HIDDEN, DZ_STEP,
+        Z_STEP, True,
+    )  # fmt: skip
+    total_ptr += start * C_HIDDEN
     total = total.to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + local * C_HIDDEN + n[None, :], total, mask=keep)
+    tl.store(total_ptr + local[:, None] * C_HIDDEN + n[None, :], total, mask=keep)
 
 
 @triton.jit
@@ -328,26 +380,22 @@ def du_kernel(
     C_PARTIAL = 10 could not be wide."""
     start, n = tile_of(COLUMNS, BLOCK_M, BLOCK_N)
     local = tl.arange(0, BLOCK_M)
-    valid = (start + local < rows)[:, None]
-    first = tl.cast(start, tl.int64)
-    dz_ptr += first * DZ_STEP
-    if STATS:
-        z_ptr += first * Z_STEP
+    valid = (local < rows - start)[:, None]
     du = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, C_HIDDEN, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
         keep = valid & (k < C_HIDDEN)[None, :]
-        g = tl.load(dz_ptr + local[:, None] * DZ_STEP + k[None, :], mask=keep, other=0.0)
-        if STATS:
-            z = tl.load(z_ptr + local[:, None] * Z_STEP + k[None, :], mask=keep, other=0.0)
-            g = add_statistics(g, z, dmean_ptr, dm2_ptr, mean_ptr, rows, k, C_HIDDEN)
+        g = load_total(
+            dz_ptr, z_ptr, dmean_ptr, dm2_ptr, mean_ptr, start, local, keep, rows, k, C_HIDDEN,
+            DZ_STEP, Z_STEP, STATS,
+        )  # fmt: skip
         w = tl.load(
             w_ptr + k[:, None] * C + n[None, :],
             mask=(k < C_HIDDEN)[:, None] & (n < C)[None, :],
             other=0.0,
         )
         du = tl.dot(g.to(w.dtype), w, du, input_precision=PRECISION)
-    du_ptr += first * DU_STEP
+    du_ptr += start * DU_STEP
     partial = tl.where((n < C_PARTIAL)[None, :], du, 0.0).to(du_ptr.dtype.element_ty)
     tl.store(
         du_ptr + local[:, None] * DU_STEP + n[None, :],
@@ -355,14 +403,34 @@ def du_kernel(
         mask=valid & (n < DU_STEP)[None, :],
     )
     if NEED_X:
-        keep = valid & (n < C)[None, :]
-        if HAS_DY:
-            dy_ptr += first * DY_STEP
-            dy = tl.load(dy_ptr + local[:, None] * DY_STEP + n[None, :], mask=keep, other=0.0)
-            du += dy.to(tl.float32)
-        dx_ptr += first * C
-        du = du.to(dx_ptr.dtype.element_ty)
-        tl.store(dx_ptr + local[:, None] * C + n[None, :], du, mask=keep)
+        store_dx(du, dy_ptr, dx_ptr, start, local, valid, n, C, DY_STEP, C, HAS_DY)
+
+
+@triton.jit
+def patch_begin(
+    first,
+    rows,
+    height,
+    width,
+    OH,
+    OW,
+    CHANNELS: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Where in a dense image, pixels STEP apart, the patches of the outputs first + rows begin."""
+    image, row, column = patch_place(first, rows, OH, OW)
+    pixel = (row * KH) * width + column * KW
+    return image * (height * width) * CHANNELS + pixel.to(tl.int64) * STEP
+
+
+@triton.jit
+def patch_offset(k, width, CHANNELS: tl.constexpr, KW: tl.constexpr, STEP: tl.constexpr):
+    """Where in a patch k = tap * CHANNELS + channel is, with the channels side by side."""
+    tap = k // CHANNELS
+    pixel = tap // KW * width + tap % KW
+    return pixel.to(tl.int64) * STEP + k % CHANNELS
 
 
 @triton.jit
@@ -423,34 +491,33 @@ def weight_gradient_kernel(
     channel = k % CHANNELS
     down = tap // KERNEL_WIDTH
     right = tap % KERNEL_WIDTH
+    if OPERAND == "patches":
+        within = patch_offset(k, width, CHANNELS, KERNEL_WIDTH, A_STEP)
+        if not CHANNELS_LAST:
+            within += channel.to(tl.int64) * (height * width - 1)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    first = tl.program_id(2) * tiles_per_program
-    for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(rows, BLOCK_M))):
-        start = tile * BLOCK_M
-        pixel = start + local
-        valid = (pixel < rows)[:, None]
-        begin = tl.cast(start, tl.int64)
+    first, end = tile_range(tl.program_id(2), rows, tiles_per_program, BLOCK_M)
+    for tile in range(first, end):
+        start = tl.cast(tile, tl.int64) * BLOCK_M
+        inside = local < rows - start
+        valid = inside[:, None]
 
         keep = valid & (n < G_COLUMNS)[None, :]
-        g = tl.load(
-            g_ptr + begin * G_STEP + local[:, None] * G_STEP + n[None, :], mask=keep, other=0.0
-        )
+        g = load_total(
+            g_ptr, z_ptr, dmean_ptr, dm2_ptr, g_mean_ptr, start, local, keep, rows, n, N, G_STEP,
+            Z_STEP, STATS,
+        )  # fmt: skip
         if STATS:
-            z = tl.load(
-                z_ptr + begin * Z_STEP + local[:, None] * Z_STEP + n[None, :],
-                mask=keep,
-                other=0.0,
-            )
-            g = add_statistics(g, z, dmean_ptr, dm2_ptr, g_mean_ptr, rows, n, N)
             g = tl.where(keep, g, 0.0)
         if HAS_SAMPLE:
-            sample = tl.load(sample_ptr + pixel // image_pixels, mask=pixel < rows, other=0.0)
+            image = sample_of(start, local, image_pixels)
+            sample = tl.load(sample_ptr + image, mask=inside, other=0.0)
             g = g.to(tl.float32) * sample.to(tl.float32)[:, None]
 
         keep = valid & (k < K)[None, :]
         if OPERAND == "act":
             a = tl.load(
-                a_ptr + begin * A_STEP + local[:, None] * A_STEP + k[None, :],
+                a_ptr + start * A_STEP + local[:, None] * A_STEP + k[None, :],
                 mask=keep,
                 other=0.0,
             )
@@ -459,37 +526,33 @@ def weight_gradient_kernel(
             a = tl.where(keep, activation(t, ACT), 0.0)
         elif OPERAND == "pconv":
             u = tl.load(
-                u_ptr + begin * U_STEP + local[:, None] * U_STEP + k[None, :],
+                u_ptr + start * U_STEP + local[:, None] * U_STEP + k[None, :],
                 mask=valid & (k < U_STEP)[None, :],
                 other=0.0,
             )
             a = tl.load(
-                a_ptr + begin * A_STEP + local[:, None] * A_STEP + k[None, :],
+                a_ptr + start * A_STEP + local[:, None] * A_STEP + k[None, :],
                 mask=keep,
                 other=0.0,
             )
             a = tl.where((k < U_STEP)[None, :], u.to(DTYPE), a.to(DTYPE))
         elif OPERAND == "taps":
-            column = (pixel % width)[:, None] + (right - 1)[None, :]
-            row = ((pixel // width) % height)[:, None] + (down - 1)[None, :]
+            row, column = place(start, local, height, width)
+            row = row[:, None] + (down - 1)[None, :]
+            column = column[:, None] + (right - 1)[None, :]
             keep &= (row >= 0) & (row < height) & (column >= 0) & (column < width)
             source = local[:, None] + ((down - 1) * width + right - 1)[None, :]
             a = tl.load(
-                a_ptr + begin * A_STEP + source * A_STEP + channel[None, :],
+                a_ptr + start * A_STEP + source * A_STEP + channel[None, :],
                 mask=keep,
                 other=0.0,
             )
         else:
-            image = pixel // (out_height * out_width)
-            column = (pixel % out_width) * KERNEL_WIDTH
-            row = ((pixel // out_width) % out_height) * KERNEL_HEIGHT
-            base = tl.cast(image, tl.int64) * (height * width) * CHANNELS
-            source = (row * width + column)[:, None] + (down * width + right)[None, :]
-            if CHANNELS_LAST:
-                source = source * A_STEP + channel[None, :]
-            else:
-                source += (channel * (height * width))[None, :]
-            a = tl.load(a_ptr + base[:, None] + source, mask=keep, other=0.0)
+            patch = patch_begin(
+                start, local, height, width, out_height, out_width, CHANNELS, KERNEL_HEIGHT,
+                KERNEL_WIDTH, A_STEP,
+            )  # fmt: skip
+            a = tl.load(a_ptr + patch[:, None] + within[None, :], mask=keep, other=0.0)
         acc = tl.dot(tl.trans(g.to(DTYPE)), a.to(DTYPE), acc, input_precision=PRECISION)
     partial_ptr += tl.cast(tl.program_id(2), tl.int64) * N * K
     tl.store(
@@ -546,6 +609,10 @@ def sum_weight_kernel(
 @triton.jit
 def patch_dx_kernel(
     g_ptr,
+    z_ptr,
+    dmean_ptr,
+    dm2_ptr,
+    mean_ptr,
     w_ptr,
     scale_ptr,
     dx_ptr,
@@ -560,26 +627,26 @@ def patch_dx_kernel(
     KERNEL_WIDTH: tl.constexpr,
     KERNEL_HEIGHT: tl.constexpr,
     G_STEP: tl.constexpr,
+    Z_STEP: tl.constexpr,
+    STATS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """dx of a convolution of patches: each pixel of g gives the K = taps * channels of its own."""
+    """dx of a convolution of patches: each pixel of g, total if STATS, gives the K = taps *
+    channels of its own."""
     start, k = tile_of(K, BLOCK_M, BLOCK_K)
     local = tl.arange(0, BLOCK_M)
-    pixel = start + local
-    valid = (pixel < rows)[:, None]
-    g_ptr += tl.cast(start, tl.int64) * G_STEP
+    valid = (local < rows - start)[:, None]
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     for n0 in range(0, N, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
-        g = tl.load(
-            g_ptr + local[:, None] * G_STEP + n[None, :],
-            mask=valid & (n < N)[None, :],
-            other=0.0,
-        )
+        g = load_total(
+            g_ptr, z_ptr, dmean_ptr, dm2_ptr, mean_ptr, start, local, valid & (n < N)[None, :],
+            rows, n, N, G_STEP, Z_STEP, STATS,
+        )  # fmt: skip
         if HAS_SCALE:
             scale = tl.load(scale_ptr + n, mask=n < N, other=0.0).to(tl.float32)
             g = g.to(tl.float32) * scale[None, :]
@@ -589,15 +656,13 @@ def patch_dx_kernel(
             other=0.0,
         )
         acc = tl.dot(g.to(w.dtype), w, acc, input_precision=PRECISION)
-    tap = k // CHANNELS
-    image = pixel // (out_height * out_width)
-    column = (pixel % out_width) * KERNEL_WIDTH
-    row = ((pixel // out_width) % out_height) * KERNEL_HEIGHT
-    base = tl.cast(image, tl.int64) * (height * width) * CHANNELS
-    place = (row * width + column)[:, None]
-    place += ((tap // KERNEL_WIDTH) * width + tap % KERNEL_WIDTH)[None, :]
+    patch = patch_begin(
+        start, local, height, width, out_height, out_width, CHANNELS, KERNEL_HEIGHT, KERNEL_WIDTH,
+        CHANNELS,
+    )  # fmt: skip
+    within = patch_offset(k, width, CHANNELS, KERNEL_WIDTH, CHANNELS)
     tl.store(
-        dx_ptr + base[:, None] + place * CHANNELS + (k % CHANNELS)[None, :],
+        dx_ptr + patch[:, None] + within[None, :],
         acc.to(dx_ptr.dtype.element_ty),
         mask=valid & (k < K)[None, :],
     )
@@ -760,7 +825,7 @@ def _dz(
         dz_kernel,
         (blocks, programs),
         grad_ptr=grad,
-        w_ptr=w_pw2.contiguous() if project else None,
+        w_ptr=matrix(w_pw2) if project else None,
         layer_ptr=layer,
         sample_ptr=sample,
         z_ptr=z,
@@ -883,7 +948,7 @@ def _pconv_pointwise_backward(
             dmean_ptr=dmean,
             dm2_ptr=dm2,
             mean_ptr=mean,
-            w_ptr=w_pw.contiguous(),
+            w_ptr=matrix(w_pw),
             dy_ptr=dy,
             du_ptr=du,
             dx_ptr=dx,
@@ -939,6 +1004,68 @@ def _total(dz, z, dmean, dm2, mean, dtype: torch.dtype) -> Tensor:
     return total
 
 
+def _patch_dx(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    *,
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor] | None = None,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """dx of a convolution of patches, in x's dtype and memory format.
+
+    Args:
+        g: the gradient of its output, times ``scale`` (C_out) if there is one.
+        statistics: (z, dmean, dm2, mean) that complete g, or None.
+    """
+    n, c, kernel_height, kernel_width = weight.shape
+    height, width = x.shape[2:]
+    g, g_step = pixels(g)
+    z, dmean, dm2, mean = statistics or (None,) * 4
+    if statistics:
+        z, z_step = pixels(z)
+    dmean, dm2, mean, scale = vectors(dmean, dm2, mean, scale)
+    dx = empty_image(x, c, x.dtype)
+    if height % kernel_height or width % kernel_width:
+        dx.zero_()
+    k = c * kernel_height * kernel_width
+    rows, tile = rows_of(g), tiles(k, n, weight.dtype)
+    block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_K"], tile["BLOCK_N"]
+    launch(
+        patch_dx_kernel,
+        (cdiv(k, block_k) * cdiv(rows, block_m),),
+        g_ptr=g,
+        z_ptr=z,
+        dmean_ptr=dmean,
+        dm2_ptr=dm2,
+        mean_ptr=mean,
+        w_ptr=matrix(weight.permute(0, 2, 3, 1)),
+        scale_ptr=scale,
+        dx_ptr=dx,
+        rows=rows,
+        height=height,
+        width=width,
+        out_height=g.shape[2],
+        out_width=g.shape[3],
+        N=n,
+        K=k,
+        CHANNELS=c,
+        KERNEL_WIDTH=kernel_width,
+        KERNEL_HEIGHT=kernel_height,
+        G_STEP=g_step,
+        Z_STEP=z_step if statistics else 0,
+        STATS=statistics is not None,
+        HAS_SCALE=scale is not None,
+        PRECISION=dot_precision(weight.dtype),
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        num_warps=tile["num_warps"],
+        num_stages=tile["num_stages"],
+    )
+    return in_format_of(dx, x)
+
+
 # ---- The ops -------------------------------------------------------------------------------------
 
 
@@ -967,6 +1094,23 @@ def pw_stats_backward(
     return _results(
         dz, *_pconv_pointwise_backward(dz, statistics, x, w_partial, w_pw, *output_mask, dy)
     )
+
+
+def patch_stats_backward(
+    dz, dmean, dm2, x, z, mean, weight, output_mask: list[bool]
+) -> tuple[Tensor, ...]:
+    if dz.numel() == 0:
+        return reference.patch_stats_backward(dz, dmean, dm2, x, z, mean, weight, output_mask)
+    need_x, need_weight = output_mask
+    statistics = z, dmean, dm2, mean
+    if need_x and weight.shape[0] >= WIDE:
+        dz, statistics = _total(dz, *statistics, weight.dtype), None
+    dx = dw = None
+    if need_x:
+        dx = _patch_dx(dz, x, weight, statistics=statistics)
+    if need_weight:
+        dw, _ = _weight_gradient(dz, x, weight, "patches", statistics=statistics)
+    return _results(dz, dx, dw)
 
 
 def bn_act_backward(
@@ -1045,9 +1189,7 @@ def bn_act_recompute_backward(
             grad, x, mean, scale, shift, w_partial, w, act, output_mask
         )
     if w_partial is None:
-        from . import kernel
-
-        z = kernel("patch_conv")(x, w, None, None, True)
+        z = patch_convolved(x, w, stats=False)[0]
     else:
         z = in_format_of(pconv_pointwise(x, w_partial, w, stats=False)[0], x)
     return z, *bn_act_backward(grad, z, mean, scale, shift, act, output_mask)
@@ -1159,45 +1301,9 @@ def patch_conv_backward(
     if grad.numel() == 0:
         return reference.patch_conv_backward(grad, x, weight, scale, shift, output_mask)
     need_x, need_weight, need_scale, need_shift = output_mask
-    n, c, kernel_height, kernel_width = weight.shape
-    height, width = x.shape[2:]
     dx = dw = dscale = dshift = None
     if need_x:
-        g, g_step = pixels(grad)
-        dx = empty_image(x, c, x.dtype)
-        if height % kernel_height or width % kernel_width:
-            dx.zero_()
-        k = c * kernel_height * kernel_width
-        rows, tile = rows_of(g), tiles(k, n, weight.dtype)
-        block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_K"], tile["BLOCK_N"]
-        (scales,) = vectors(scale)
-        launch(
-            patch_dx_kernel,
-            (cdiv(k, block_k) * cdiv(rows, block_m),),
-            g_ptr=g,
-            w_ptr=weight.permute(0, 2, 3, 1).contiguous(),
-            scale_ptr=scales,
-            dx_ptr=dx,
-            rows=rows,
-            height=height,
-            width=width,
-            out_height=g.shape[2],
-            out_width=g.shape[3],
-            N=n,
-            K=k,
-            CHANNELS=c,
-            KERNEL_WIDTH=kernel_width,
-            KERNEL_HEIGHT=kernel_height,
-            G_STEP=g_step,
-            HAS_SCALE=scale is not None,
-            PRECISION=dot_precision(weight.dtype),
-            BLOCK_M=block_m,
-            BLOCK_N=block_n,
-            BLOCK_K=block_k,
-            num_warps=tile["num_warps"],
-            num_stages=tile["num_stages"],
-        )
-        dx = in_format_of(dx, x)
+        dx = _patch_dx(grad, x, weight, scale=scale)
     if need_weight or need_scale:
         dw, dscale = _weight_gradient(
             grad,
@@ -1216,6 +1322,7 @@ def patch_conv_backward(
 KERNELS = {
     "pconv3x3_backward": pconv3x3_backward,
     "pw_stats_backward": pw_stats_backward,
+    "patch_stats_backward": patch_stats_backward,
     "bn_act_backward": bn_act_backward,
     "bn_act_recompute_backward": bn_act_recompute_backward,
     "act_pw_residual_backward": act_pw_residual_backward,

@@ -134,6 +134,12 @@ def epilogue(z, scale, shift, n, N: tl.constexpr, ACT: tl.constexpr):
 
 
 @triton.jit
+def sample_of(first, rows, HW):
+    """The images of the pixels first + rows: 64 bits for the first, 32 for the others."""
+    return first // HW + ((first % HW).to(tl.int32) + rows) // HW
+
+
+@triton.jit
 def add_residual(
     acc,
     x,
@@ -152,7 +158,7 @@ def add_residual(
     if layer_scale is not None:
         acc *= tl.load(layer_scale + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
     if sample_scale is not None:
-        sample = first // HW + ((first % HW).to(tl.int32) + rows) // HW
+        sample = sample_of(first, rows, HW)
         acc *= tl.load(sample_scale + sample, mask=inside, other=0.0).to(tl.float32)[:, None]
     mask = inside[:, None] & (n < C)[None, :]
     own = tl.load(x + rows[:, None] * STEP + n[None, :], mask=mask, other=0.0)

@@ -33,6 +33,65 @@ from .layout import channels_inside
 
 
 @triton.jit
+def patch_place(first, rows, OH, OW):
+    """(image, in 64 bits, row, column) of the outputs first + rows."""
+    q = (first % (OH * OW)).to(tl.int32) + rows
+    return first // (OH * OW) + q // (OH * OW), q // OW % OH, q % OW
+
+
+@triton.jit
+def patch_product(
+    x,
+    w,
+    first,
+    rows,
+    inside,
+    n,
+    OH,
+    OW,
+    X_IMAGE,
+    X_CHANNEL,
+    X_ROW,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    X_COLUMN: tl.constexpr,
+    W_STEP: tl.constexpr,
+    GATHER: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The patches first + rows times the weights of the outputs ``n``, in float32. GATHER: rows of
+    w are (C, KH, KW), else (KH, KW, C) and the channels of x are side by side."""
+    dtype = w.dtype.element_ty
+    x_row = tl.cast(X_ROW, tl.int64)
+    image, row, column = patch_place(first, rows, OH, OW)
+    patch = image * X_IMAGE + row * (KH * x_row) + column.to(tl.int64) * (KW * X_COLUMN)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if GATHER:
+        for k0 in range(0, C * KH * KW, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            offset = (k // (KH * KW)).to(tl.int64) * X_CHANNEL + k // KW % KH * x_row
+            offset += k % KW * X_COLUMN
+            mask = inside[:, None] & (k < C * KH * KW)[None, :]
+            v = tl.load(x + patch[:, None] + offset[None, :], mask=mask, other=0.0)
+            tile = weight_tile(w, n, k, N, C * KH * KW, W_STEP)
+            acc = tl.dot(v.to(dtype), tile, acc, input_precision=PRECISION)
+    else:
+        for p in tl.static_range(KH):
+            for k0 in range(0, KW * C, BLOCK_K):
+                k = k0 + tl.arange(0, BLOCK_K)
+                mask = inside[:, None] & (k < KW * C)[None, :]
+                v = tl.load(x + p * x_row + patch[:, None] + k[None, :], mask=mask, other=0.0)
+                tile = weight_tile(w + p * KW * C, n, k, N, KW * C, W_STEP)
+                acc = tl.dot(v.to(dtype), tile, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
 def patch_kernel(
     x,
     w,
@@ -57,40 +116,60 @@ def patch_kernel(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """GATHER: rows of w are (C, KH, KW), else (KH, KW, C) and the channels of x are side by side.
-    Grid: (tiles of patches * tiles of N,), those of N first."""
+    """Grid: (tiles of patches * tiles of N,), those of N first."""
     TILES_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     first = (tl.program_id(0) // TILES_N).to(tl.int64) * BLOCK_M
     rows = tl.arange(0, BLOCK_M)
     inside = rows < M - first
     n = tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
-    dtype = w.dtype.element_ty
-    q = (first % (OH * OW)).to(tl.int32) + rows
-    image = first // (OH * OW) + q // (OH * OW)
-    patch = image * X_IMAGE + (q // OW % OH).to(tl.int64) * (KH * X_ROW)
-    patch += (q % OW).to(tl.int64) * (KW * X_COLUMN)
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if GATHER:
-        for k0 in range(0, C * KH * KW, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            offset = (k // (KH * KW)).to(tl.int64) * X_CHANNEL + k // KW % KH * X_ROW
-            offset += k % KW * X_COLUMN
-            mask = inside[:, None] & (k < C * KH * KW)[None, :]
-            v = tl.load(x + patch[:, None] + offset[None, :], mask=mask, other=0.0)
-            tile = weight_tile(w, n, k, N, C * KH * KW, W_STEP)
-            acc = tl.dot(v.to(dtype), tile, acc, input_precision=PRECISION)
-    else:
-        for p in tl.static_range(KH):
-            for k0 in range(0, KW * C, BLOCK_K):
-                k = k0 + tl.arange(0, BLOCK_K)
-                mask = inside[:, None] & (k < KW * C)[None, :]
-                v = tl.load(x + p * X_ROW + patch[:, None] + k[None, :], mask=mask, other=0.0)
-                tile = weight_tile(w + p * KW * C, n, k, N, KW * C, W_STEP)
-                acc = tl.dot(v.to(dtype), tile, acc, input_precision=PRECISION)
+    acc = patch_product(
+        x, w, first, rows, inside, n, OH, OW, X_IMAGE, X_CHANNEL, X_ROW, N, C, KH, KW, X_COLUMN,
+        W_STEP, GATHER, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+    )  # fmt: skip
     y += first * N
     acc = epilogue(acc, scale, shift, n, N, "identity")
     mask = inside[:, None] & (n < N)[None, :]
     tl.store(y + rows[:, None] * N + n[None, :], acc.to(y.dtype.element_ty), mask=mask)
+
+
+def patch_rows(weight: Tensor) -> Tensor:
+    """A weight as rows in the order of :func:`channels_inside`."""
+    return matrix(weight.permute(0, 2, 3, 1) if channels_inside(weight.shape[1]) else weight)
+
+
+def patch_arguments(x: Tensor, rows: Tensor, kh: int, kw: int) -> dict:
+    """The arguments of :func:`patch_product` but for the tile's, and ``M``.
+
+    Args:
+        rows: of :func:`patch_rows`, or such rows with a padding.
+    """
+    batch, channels, height, width = x.shape
+    check_reach(x)
+    gather = not channels_inside(channels)
+    source = x if gather else dense(x, torch.channels_last)
+    return {
+        "x": source,
+        "w": rows,
+        "M": batch * (height // kh) * (width // kw),
+        "OH": height // kh,
+        "OW": width // kw,
+        "X_IMAGE": source.stride(0),
+        "X_CHANNEL": source.stride(1),
+        "X_ROW": source.stride(2),
+        "N": rows.shape[0],
+        "C": channels,
+        "KH": kh,
+        "KW": kw,
+        "X_COLUMN": source.stride(3),
+        "W_STEP": rows.shape[1],
+        "GATHER": gather,
+        "PRECISION": dot_precision(rows.dtype),
+    }
+
+
+def patch_depth(channels: int, kh: int, kw: int) -> int:
+    """How many of K the loop of :func:`patch_product` goes over."""
+    return kw * channels * (1 if channels_inside(channels) else kh)
 
 
 def patch_conv_prepared(
@@ -103,41 +182,22 @@ def patch_conv_prepared(
     channels_last: bool,
 ) -> Tensor:
     """The patch convolution with a weight as rows in the order of :func:`channels_inside`."""
-    batch, channels, height, width = x.shape
-    c_out, out_height, out_width = rows.shape[0], height // kh, width // kw
-    check_reach(x)
-    gather = not channels_inside(channels)
-    source = x if gather else dense(x, torch.channels_last)
-    shape = (batch, c_out, out_height, out_width)
+    arguments = patch_arguments(x, rows, kh, kw)
+    m, c_out = arguments["M"], arguments["N"]
+    shape = (x.shape[0], c_out, arguments["OH"], arguments["OW"])
     y = torch.empty(shape, dtype=rows.dtype, device=x.device, memory_format=torch.channels_last)
-    m = batch * out_height * out_width
     cfg = config("patch_conv", (c_out, m), rows.dtype, device(x))
     block_n = min(cfg["BLOCK_N"], power_of_2(c_out))
     launch(
         patch_kernel,
         (cdiv(m, cfg["BLOCK_M"]) * cdiv(c_out, block_n),),
-        x=source,
-        w=rows,
+        **arguments,
         scale=scale,
         shift=shift,
         y=y,
-        M=m,
-        OH=out_height,
-        OW=out_width,
-        X_IMAGE=source.stride(0),
-        X_CHANNEL=source.stride(1),
-        X_ROW=source.stride(2),
-        N=c_out,
-        C=channels,
-        KH=kh,
-        KW=kw,
-        X_COLUMN=source.stride(3),
-        W_STEP=rows.shape[1],
-        GATHER=gather,
         BLOCK_M=cfg["BLOCK_M"],
         BLOCK_N=block_n,
-        BLOCK_K=min(cfg["BLOCK_K"], power_of_2(kw * channels * (kh if gather else 1))),
-        PRECISION=dot_precision(rows.dtype),
+        BLOCK_K=min(cfg["BLOCK_K"], power_of_2(patch_depth(x.shape[1], kh, kw))),
         num_warps=cfg["num_warps"],
         num_stages=cfg["num_stages"],
     )
@@ -146,8 +206,7 @@ def patch_conv_prepared(
 
 def patch_conv(x, weight, scale, shift, channels_last: bool = False) -> Tensor:
     kh, kw = weight.shape[2:]
-    ordered = weight.permute(0, 2, 3, 1) if channels_inside(weight.shape[1]) else weight
-    return patch_conv_prepared(x, matrix(ordered), scale, shift, kh, kw, channels_last)
+    return patch_conv_prepared(x, patch_rows(weight), scale, shift, kh, kw, channels_last)
 
 
 def head_prepared(x, w_conv, conv_vectors, w_fc, fc_vectors, act: str) -> Tensor:

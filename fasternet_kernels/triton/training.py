@@ -2,6 +2,7 @@
 
     pw_stats          z = conv1x1(u, w_pw), u = x with its first C_partial channels convolved 3x3;
                       mean and m2 of each channel of z, as stored
+    patch_stats       the same of z = conv(x, w), stride = kernel: stem and merging layers
     bn_act            act((z - mean) * scale + shift)
     act_pw_residual   x + sample_scale * layer_scale * conv1x1(bn_act(z), w_pw2)
 
@@ -29,7 +30,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .block import weight_tile
+from .block import matrix, sample_of, weight_tile
 from .common import (
     activation,
     cdiv,
@@ -44,6 +45,7 @@ from .common import (
     round_up,
     vector,
 )
+from .patch import patch_arguments, patch_depth, patch_product, patch_rows
 from .pconv import convolve, convolve_into, place, taps_of
 
 PROGRAMS = 4  # for each multiprocessor, of a grid that walks over pixels
@@ -103,11 +105,67 @@ def vectors(*ts: Tensor | None) -> list[Tensor | None]:
 
 @triton.jit
 def tile_of(N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """(first row, columns) of this program's tile: those of the same rows run side by side, on one
-    axis of the grid because the others end at 65535."""
+    """(first row, in 64 bits, columns) of this program's tile: those of the same rows run side by
+    side, on one axis of the grid because the others end at 65535."""
     blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0)
-    return tile // blocks * BLOCK_M, tile % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    start = tl.cast(tile // blocks, tl.int64) * BLOCK_M
+    return start, tile % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def tile_range(program, rows, tiles_per_program, BLOCK_M: tl.constexpr):
+    """(first, end) of the tiles of pixels that a program walks."""
+    first = program * tiles_per_program
+    return first, tl.minimum(first + tiles_per_program, (rows - 1) // BLOCK_M + 1)
+
+
+@triton.jit
+def store_and_join(
+    z_ptr,
+    acc,
+    mean,
+    m2,
+    start,
+    begin,
+    inside,
+    rows,
+    local,
+    n,
+    N: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """Stores the tile of z that begins at the row ``start``. (mean, m2) of the program's rows, the
+    first of which is ``begin``, up to this tile's end, by those up to its start."""
+    z = acc.to(z_ptr.dtype.element_ty)
+    tl.store(
+        z_ptr + start * N + local[:, None] * N + n[None, :],
+        z,
+        mask=inside[:, None] & (n < N)[None, :],
+    )
+    if STATS:
+        stored = z.to(tl.float32)
+        count = tl.minimum(rows - start, BLOCK_M).to(tl.float32)
+        about = tl.sum(tl.where(inside[:, None], stored, 0.0), 0) / count
+        about = about.to(z.dtype).to(tl.float32)  # then 16-bit values deviate from it exactly
+        deviation = tl.where(inside[:, None], stored - about[None, :], 0.0)
+        rest = tl.sum(deviation, 0) / count
+        delta = about + rest - mean
+        before = (start - begin).to(tl.float32)
+        share = count / (before + count)
+        m2 += tl.sum(deviation * deviation, 0) - rest * rest * count
+        m2 += delta * delta * before * share
+        mean += delta * share
+    return mean, m2
+
+
+@triton.jit
+def store_statistics(partial_ptr, mean, m2, n, N: tl.constexpr):
+    """A program's (mean, m2), for merge_statistics_kernel."""
+    partial_ptr += tl.program_id(1) * 2 * N + n
+    tl.store(partial_ptr, mean, mask=n < N)
+    tl.store(partial_ptr + N, m2, mask=n < N)
 
 
 @triton.jit
@@ -147,8 +205,9 @@ def pw_stats_kernel(
     dtype = w_ptr.dtype.element_ty
     mean = tl.zeros((BLOCK_N,), tl.float32)
     m2 = tl.zeros((BLOCK_N,), tl.float32)
-    first = tl.program_id(1) * tiles_per_program
-    for tile in range(first, tl.minimum(first + tiles_per_program, tl.cdiv(rows, BLOCK_M))):
+    first, end = tile_range(tl.program_id(1), rows, tiles_per_program, BLOCK_M)
+    begin = tl.cast(first, tl.int64) * BLOCK_M
+    for tile in range(first, end):
         start = tl.cast(tile, tl.int64) * BLOCK_M
         inside = local < rows - start
         x_tile = x_ptr + start * X_STEP
@@ -190,28 +249,59 @@ def pw_stats_kernel(
             w = weight_tile(w_ptr, n, k, C_OUT, C, C)
             acc = tl.dot(x.to(dtype), w, acc, input_precision=PRECISION)
 
-        z = acc.to(z_ptr.dtype.element_ty)
-        tl.store(
-            z_ptr + start * C_OUT + local[:, None] * C_OUT + n[None, :],
-            z,
-            mask=inside[:, None] & (n < C_OUT)[None, :],
+        mean, m2 = store_and_join(
+            z_ptr, acc, mean, m2, start, begin, inside, rows, local, n, C_OUT, STATS, BLOCK_M
         )
-        if STATS:
-            stored = z.to(tl.float32)
-            count = tl.minimum(rows - start, BLOCK_M).to(tl.float32)
-            about = tl.sum(tl.where(inside[:, None], stored, 0.0), 0) / count
-            deviation = tl.where(inside[:, None], stored - about[None, :], 0.0)
-            rest = tl.sum(deviation, 0) / count
-            delta = about + rest - mean
-            before = ((tile - first) * BLOCK_M).to(tl.float32)
-            share = count / (before + count)
-            m2 += tl.sum(deviation * deviation, 0) - rest * rest * count
-            m2 += delta * delta * before * share
-            mean += delta * share
     if STATS:
-        partial_ptr += tl.program_id(1) * 2 * C_OUT + n
-        tl.store(partial_ptr, mean, mask=n < C_OUT)
-        tl.store(partial_ptr + C_OUT, m2, mask=n < C_OUT)
+        store_statistics(partial_ptr, mean, m2, n, C_OUT)
+
+
+@triton.jit
+def patch_stats_kernel(
+    x,
+    w,
+    z_ptr,
+    partial_ptr,
+    M,
+    OH,
+    OW,
+    X_IMAGE,
+    X_CHANNEL,
+    X_ROW,
+    tiles_per_program,
+    N: tl.constexpr,
+    C: tl.constexpr,
+    KH: tl.constexpr,
+    KW: tl.constexpr,
+    X_COLUMN: tl.constexpr,
+    W_STEP: tl.constexpr,
+    GATHER: tl.constexpr,
+    STATS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """As pw_stats_kernel, of patches: z is their product with w. Grid: (blocks of outputs,
+    programs)."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    local = tl.arange(0, BLOCK_M)
+    mean = tl.zeros((BLOCK_N,), tl.float32)
+    m2 = tl.zeros((BLOCK_N,), tl.float32)
+    first, end = tile_range(tl.program_id(1), M, tiles_per_program, BLOCK_M)
+    begin = tl.cast(first, tl.int64) * BLOCK_M
+    for tile in range(first, end):
+        start = tl.cast(tile, tl.int64) * BLOCK_M
+        inside = local < M - start
+        acc = patch_product(
+            x, w, start, local, inside, n, OH, OW, X_IMAGE, X_CHANNEL, X_ROW, N, C, KH, KW,
+            X_COLUMN, W_STEP, GATHER, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        )  # fmt: skip
+        mean, m2 = store_and_join(
+            z_ptr, acc, mean, m2, start, begin, inside, M, local, n, N, STATS, BLOCK_M
+        )
+    if STATS:
+        store_statistics(partial_ptr, mean, m2, n, N)
 
 
 @triton.jit
@@ -235,7 +325,8 @@ def merge_statistics_kernel(
     for s0 in range(0, programs, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)[:, None]
         there = keep & (s < programs)
-        count = tl.minimum(rows - s * rows_per_program, rows_per_program).to(tl.float32)
+        begin = s.to(tl.int64) * rows_per_program
+        count = tl.minimum(rows - begin, rows_per_program).to(tl.float32)
         means = tl.load(partial_ptr + s * 2 * C_OUT, mask=there, other=0.0)
         total += tl.sum(tl.where(there, (means - about) * count, 0.0), 0)
     mean = about + (total / rows)[None, :]
@@ -243,7 +334,8 @@ def merge_statistics_kernel(
     for s0 in range(0, programs, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S)[:, None]
         there = keep & (s < programs)
-        count = tl.minimum(rows - s * rows_per_program, rows_per_program).to(tl.float32)
+        begin = s.to(tl.int64) * rows_per_program
+        count = tl.minimum(rows - begin, rows_per_program).to(tl.float32)
         delta = tl.load(partial_ptr + s * 2 * C_OUT, mask=there, other=0.0) - mean
         squares = tl.load(partial_ptr + s * 2 * C_OUT + C_OUT, mask=there, other=0.0)
         m2 += tl.sum(tl.where(there, squares + delta * delta * count, 0.0), 0)
@@ -287,13 +379,12 @@ def bn_act_kernel(
 ):
     start, n = tile_of(C, BLOCK_M, BLOCK_N)
     local = tl.arange(0, BLOCK_M)[:, None]
-    keep = (start + local < rows) & (n < C)[None, :]
-    first = tl.cast(start, tl.int64)
+    keep = (local < rows - start) & (n < C)[None, :]
     mean, scale, shift = load_vectors(mean_ptr, scale_ptr, shift_ptr, n, C)
-    z = tl.load(z_ptr + first * Z_STEP + local * Z_STEP + n[None, :], mask=keep, other=0.0)
+    z = tl.load(z_ptr + start * Z_STEP + local * Z_STEP + n[None, :], mask=keep, other=0.0)
     _, t = normalise(z, mean, scale, shift)
     a = activation(t, ACT).to(a_ptr.dtype.element_ty)
-    tl.store(a_ptr + first * C + local * C + n[None, :], a, mask=keep)
+    tl.store(a_ptr + start * C + local * C + n[None, :], a, mask=keep)
 
 
 @triton.jit
@@ -325,9 +416,9 @@ def act_pw_residual_kernel(
     """A tile of y: the activation is made of z on its way to the tensor cores."""
     start, n = tile_of(C, BLOCK_M, BLOCK_N)
     local = tl.arange(0, BLOCK_M)
-    valid = (start + local < rows)[:, None]
-    first = tl.cast(start, tl.int64)
-    z_ptr += first * Z_STEP
+    inside = local < rows - start
+    valid = inside[:, None]
+    z_ptr += start * Z_STEP
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for k0 in range(0, C_HIDDEN, BLOCK_K):
         k = k0 + tl.arange(0, BLOCK_K)
@@ -343,16 +434,16 @@ def act_pw_residual_kernel(
     if HAS_LAYER:
         acc *= tl.load(layer_ptr + n, mask=n < C, other=0.0).to(tl.float32)[None, :]
     if HAS_SAMPLE:
-        sample = (start + local) // image_pixels
-        scale = tl.load(sample_ptr + sample, mask=start + local < rows, other=0.0)
+        sample = sample_of(start, local, image_pixels)
+        scale = tl.load(sample_ptr + sample, mask=inside, other=0.0)
         acc *= scale.to(tl.float32)[:, None]
     keep = valid & (n < C)[None, :]
     if HAS_X:
-        x_ptr += first * X_STEP
+        x_ptr += start * X_STEP
         x = tl.load(x_ptr + local[:, None] * X_STEP + n[None, :], mask=keep, other=0.0)
         acc += x.to(tl.float32)
     y = acc.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + first * C + local[:, None] * C + n[None, :], y, mask=keep)
+    tl.store(y_ptr + start * C + local[:, None] * C + n[None, :], y, mask=keep)
 
 
 # ---- Launchers -----------------------------------------------------------------------------------
@@ -389,7 +480,7 @@ def pconv_pointwise(
         x_ptr=x,
         u_ptr=u,
         taps_ptr=taps,
-        w_ptr=w_pw.contiguous(),
+        w_ptr=matrix(w_pw),
         z_ptr=z,
         partial_ptr=partial,
         rows=rows,
@@ -409,9 +500,43 @@ def pconv_pointwise(
         BLOCK_P=block_p,
         **tile | {"num_stages": 2},
     )
-    if not stats:
-        return z, None, None
-    mean, m2 = (x.new_empty(c_out, dtype=torch.float32) for _ in range(2))
+    return z, *_merged(partial, rows, of_each * tile["BLOCK_M"])
+
+
+def patch_convolved(
+    x: Tensor, weight: Tensor, stats: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As :func:`pconv_pointwise`, with z the convolution of patches."""
+    kh, kw = weight.shape[2:]
+    arguments = patch_arguments(x, patch_rows(weight), kh, kw)
+    rows, c_out = arguments["M"], weight.shape[0]
+    tile = tiles(c_out, patch_depth(x.shape[1], kh, kw), weight.dtype, rows=64)
+    blocks = cdiv(c_out, tile["BLOCK_N"])
+    programs, of_each = persistent(x, rows, tile["BLOCK_M"], blocks)
+    shape = (x.shape[0], c_out, arguments["OH"], arguments["OW"])
+    z = torch.empty(shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last)
+    partial = x.new_empty((programs, 2, c_out), dtype=torch.float32) if stats else None
+    launch(
+        patch_stats_kernel,
+        (blocks, programs),
+        **arguments,
+        z_ptr=z,
+        partial_ptr=partial,
+        tiles_per_program=of_each,
+        STATS=stats,
+        **tile,
+    )
+    return z, *_merged(partial, rows, of_each * tile["BLOCK_M"])
+
+
+def _merged(
+    partial: Tensor | None, rows: int, rows_per_program: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """(mean, m2) of all ``rows``, from those of each program."""
+    if partial is None:
+        return None, None
+    programs, _, c_out = partial.shape
+    mean, m2 = (partial.new_empty(c_out) for _ in range(2))
     launch(
         merge_statistics_kernel,
         (cdiv(c_out, 16),),
@@ -420,14 +545,14 @@ def pconv_pointwise(
         m2_ptr=m2,
         programs=programs,
         rows=rows,
-        rows_per_program=of_each * tile["BLOCK_M"],
+        rows_per_program=rows_per_program,
         C_OUT=c_out,
         BLOCK_S=64,
         BLOCK_N=16,
         num_warps=4,
         num_stages=3,
     )
-    return z, mean, m2
+    return mean, m2
 
 
 def pw_stats(x: Tensor, w_partial: Tensor, w_pw: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -436,6 +561,13 @@ def pw_stats(x: Tensor, w_partial: Tensor, w_pw: Tensor) -> tuple[Tensor, Tensor
         return reference.pw_stats(x, w_partial, w_pw)
     z, mean, m2 = pconv_pointwise(x, w_partial, w_pw, stats=True)
     return in_format_of(z, x), mean, m2
+
+
+def patch_stats(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See the module. z channels_last, mean and m2 in float32."""
+    if x.numel() == 0:
+        return reference.patch_stats(x, weight)
+    return patch_convolved(x, weight, stats=True)
 
 
 def bn_act(z: Tensor, mean: Tensor, scale: Tensor, shift: Tensor, act: str) -> Tensor:
@@ -513,7 +645,7 @@ def project(
         mean_ptr=mean,
         scale_ptr=scale,
         shift_ptr=shift,
-        w_ptr=w_pw2.contiguous(),
+        w_ptr=matrix(w_pw2),
         layer_ptr=layer,
         sample_ptr=sample,
         y_ptr=y,
@@ -532,4 +664,9 @@ def project(
     )
 
 
-KERNELS = {"pw_stats": pw_stats, "bn_act": bn_act, "act_pw_residual": act_pw_residual}
+KERNELS = {
+    "pw_stats": pw_stats,
+    "patch_stats": patch_stats,
+    "bn_act": bn_act,
+    "act_pw_residual": act_pw_residual,
+}
