@@ -65,6 +65,22 @@ def poisoned_memory():
 
 
 @pytest.fixture
+def large_tiles(monkeypatch):
+    """Tiles as no GPU could have them, where the shipped ones make Triton's interpreter slow."""
+    from fasternet_kernels.triton import common
+
+    table = common._nearest
+
+    def nearest(op, shape, *args):
+        found = table(op, shape, *args)
+        if op in ("pconv", "gemm", "patch_conv") and shape[0] >= 64:
+            found = found | {"BLOCK_N": 512, "BLOCK_K": 128}
+        return found
+
+    monkeypatch.setattr(common, "_nearest", nearest)
+
+
+@pytest.fixture
 def threads():
     """Sets torch's number of threads for a test."""
     before = torch.get_num_threads()

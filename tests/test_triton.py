@@ -39,7 +39,7 @@ from triton.runtime.interpreter import interpreter_builder
 
 from fasternet_kernels import ops, reference
 from fasternet_kernels.selftest import allowed_errors, errors
-from fasternet_kernels.triton import FAMILIES, KERNELS, block, common, layout, patch, pconv
+from fasternet_kernels.triton import FAMILIES, KERNELS, common, layout, pconv
 
 # Every stage's channels, few pixels.
 STAGES = [
@@ -55,21 +55,6 @@ def path(request):
     """Few multiprocessors have enough to do with whole blocks; many get blocks in parts."""
     with common.pretend(multiprocessors=1 if request.param == "fused" else 1000):
         yield request.param
-
-
-@pytest.fixture
-def large_tiles(monkeypatch):
-    """Tiles as no GPU could have them, where the shipped ones make the interpreter slow."""
-    for module in (pconv, block, patch):
-        original = module.config
-
-        def config(op, shape, *args, original=original):
-            found = original(op, shape, *args)
-            if op in ("pconv", "gemm", "patch_conv") and shape[0] >= 64:
-                found = found | {"BLOCK_N": 512, "BLOCK_K": 128}
-            return found
-
-        monkeypatch.setattr(module, "config", config)
 
 
 @pytest.fixture

@@ -50,7 +50,6 @@ from .common import (
     launch,
     pixels,
     power_of_2,
-    precision,
     round_up,
     vector,
 )
@@ -77,8 +76,6 @@ TRITON_DTYPES = {
     torch.float16: tl.float16,
     torch.bfloat16: tl.bfloat16,
 }
-# Of a weight gradient: pixels at a time, most outputs and inputs.
-WEIGHT_TILES = {"16": (32, 128), "tf32": (32, 64), "fp32": (16, 64)}
 # From this many channels on, `total` goes to memory once instead of being made again for every
 # block of outputs.
 WIDE = 256
@@ -565,45 +562,29 @@ def weight_gradient_kernel(
 @triton.jit
 def sum_weight_kernel(
     partial_ptr,
-    w_ptr,
-    factor_ptr,
     dw_ptr,
-    dfactor_ptr,
     programs,
-    N: tl.constexpr,
+    SIZE: tl.constexpr,
     K: tl.constexpr,
     CHANNELS: tl.constexpr,
-    HAS_FACTOR: tl.constexpr,
-    NEED_W: tl.constexpr,
-    NEED_FACTOR: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    """One row of a weight gradient from its partial sums, times that output's factor, and the
-    factor's gradient. k = tap * CHANNELS + channel becomes PyTorch's channel * taps + tap."""
-    n = tl.program_id(0)
-    products = tl.zeros((BLOCK_K,), tl.float32)
-    for k0 in range(tl.program_id(1) * BLOCK_K, K, tl.num_programs(1) * BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K)
-        total = tl.zeros((BLOCK_K,), tl.float32)
-        for s0 in range(0, programs, BLOCK_S):
-            s = s0 + tl.arange(0, BLOCK_S)[:, None]
-            part = tl.load(
-                partial_ptr + tl.cast(s, tl.int64) * N * K + n * K + k[None, :],
-                mask=(s < programs) & (k < K)[None, :],
-                other=0.0,
-            )
-            total += tl.sum(part, 0)
-        place = n * K + (k % CHANNELS) * (K // CHANNELS) + k // CHANNELS
-        if NEED_FACTOR:
-            w = tl.load(w_ptr + place, mask=k < K, other=0.0).to(tl.float32)
-            products += tl.where(k < K, w * total, 0.0)
-        if NEED_W:
-            if HAS_FACTOR:
-                total *= tl.load(factor_ptr + n).to(tl.float32)
-            tl.store(dw_ptr + place, total.to(dw_ptr.dtype.element_ty), mask=k < K)
-    if NEED_FACTOR:
-        tl.store(dfactor_ptr + n, tl.sum(products, 0))
+    """A weight's gradient of SIZE elements from its partial sums: in its rows of K,
+    k = tap * CHANNELS + channel becomes PyTorch's channel * taps + tap."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s0 in range(0, programs, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)[:, None]
+        part = tl.load(
+            partial_ptr + tl.cast(s, tl.int64) * SIZE + i[None, :],
+            mask=(s < programs) & (i < SIZE)[None, :],
+            other=0.0,
+        )
+        total += tl.sum(part, 0)
+    k = i % K
+    place = i - k + k % CHANNELS * (K // CHANNELS) + k // CHANNELS
+    tl.store(dw_ptr + place, total.to(dw_ptr.dtype.element_ty), mask=i < SIZE)
 
 
 @triton.jit
@@ -717,13 +698,12 @@ def _weight_gradient(
         z, z_step = pixels(z)
         dmean, dm2, mean = vectors(dmean, dm2, mean)
     bn = vectors(*bn)
-    rows, (block_m, most) = rows_of(g), WEIGHT_TILES[precision(weight.dtype)]
-    if operand in ("taps", "patches"):  # whose addresses take registers
-        most = 64
-    block_n, block_k = block(n, most), block(k, most)
-    block_m = max(block_m, 1024 // block_n)  # or a thread has less than 16 bytes to load
-    blocks = cdiv(n, block_n), cdiv(k, block_k)
-    programs, of_each = persistent(g, rows, block_m, 2 * blocks[0] * blocks[1], least=8)
+    gathered = operand in ("taps", "patches")  # whose addresses take registers
+    tile = tiles("weight_gradient_gather" if gathered else "weight_gradient", n, k, g, weight.dtype)
+    # A thread has at least 16 bytes to load.
+    tile["BLOCK_M"] = max(tile["BLOCK_M"], 1024 // tile["BLOCK_N"])
+    rows, blocks = rows_of(g), (cdiv(n, tile["BLOCK_N"]), cdiv(k, tile["BLOCK_K"]))
+    programs, of_each = persistent(g, rows, tile["BLOCK_M"], 2 * blocks[0] * blocks[1], least=8)
     partial = g.new_empty((programs, n, k), dtype=torch.float32)
     launch(
         weight_gradient_kernel,
@@ -764,37 +744,33 @@ def _weight_gradient(
         CHANNELS_LAST=channels_last,
         DTYPE=TRITON_DTYPES[weight.dtype],
         PRECISION=dot_precision(weight.dtype),
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        num_warps=8 if max(block_n, block_k) > 64 else 4,
-        num_stages=3,
+        **tile,
     )
-    dw = torch.empty(weight.shape, dtype=weight.dtype, device=g.device) if need_weight else None
-    dfactor = g.new_empty(n, dtype=torch.float32) if need_factor else None
-    (factor,) = vectors(factor)
-    block_k = block(k, 256)
+    # Before the factor in float32.
+    dtype = weight.dtype if factor is None else torch.float32
+    total = torch.empty(weight.shape, dtype=dtype, device=g.device)
+    at_once = power_of_2(min(programs, 16), least=1)
+    size = block(n * k, 256, rows=at_once)
     launch(
         sum_weight_kernel,
-        (n, 1 if need_factor else cdiv(k, block_k)),
+        (cdiv(n * k, size),),
         partial_ptr=partial,
-        w_ptr=weight.contiguous() if need_factor else None,
-        factor_ptr=factor,
-        dw_ptr=dw,
-        dfactor_ptr=dfactor,
+        dw_ptr=total,
         programs=programs,
-        N=n,
+        SIZE=n * k,
         K=k,
         CHANNELS=channels,
-        HAS_FACTOR=factor is not None,
-        NEED_W=need_weight,
-        NEED_FACTOR=need_factor,
-        BLOCK_S=16,
-        BLOCK_K=block_k,
+        BLOCK_S=at_once,
+        BLOCK=size,
         num_warps=4,
         num_stages=2,
     )
-    return dw, dfactor.to(factor.dtype) if need_factor else None
+    if factor is None:
+        return total, None
+    dw = (total * factor[:, None, None, None]).to(weight.dtype) if need_weight else None
+    if not need_factor:
+        return dw, None
+    return dw, (total * weight).flatten(1).sum(1, dtype=torch.float32).to(factor.dtype)
 
 
 def _dz(
@@ -816,7 +792,7 @@ def _dz(
     mean, scale, shift, layer, sample = vectors(mean, scale, shift, layer, sample)
     c, c_hidden, rows = grad.shape[1], z.shape[1], rows_of(z)
     project = w_pw2 is not None
-    tile = tiles(c_hidden, c, z.dtype, rows=64, columns=64)
+    tile = tiles("dz", c_hidden, c, z, z.dtype)
     blocks = cdiv(c_hidden, tile["BLOCK_N"])
     programs, of_each = persistent(z, rows, tile["BLOCK_M"], blocks)
     dz = empty_image(z, c_hidden, z.dtype) if need_z else None
@@ -848,19 +824,20 @@ def _dz(
         NEED_Z=need_z,
         NEED_SUMS=need_sums,
         PRECISION=dot_precision(z.dtype),
-        **tile | {"num_warps": 8},
+        **tile,
     )
     sums = z.new_empty((2, c_hidden), dtype=torch.float32) if need_sums else None
     if need_sums:
+        block_n = block(2 * c_hidden, 16)
         launch(
             sum_kernel,
-            (cdiv(2 * c_hidden, 16),),
+            (cdiv(2 * c_hidden, block_n),),
             partial_ptr=partial,
             out_ptr=sums,
             programs=programs,
             N=2 * c_hidden,
             BLOCK_S=64,
-            BLOCK_N=16,
+            BLOCK_N=block_n,
             num_warps=4,
             num_stages=2,
         )
@@ -939,7 +916,7 @@ def _pconv_pointwise_backward(
         du = empty_image(x, round_up(c_partial, 8), w_pw.dtype)
         dx = empty_image(x, c, x.dtype) if need_x else None
         columns = max(c, du.shape[1]) if need_x else du.shape[1]
-        tile = tiles(columns, c_hidden, w_pw.dtype)
+        tile = tiles("du", columns, c_hidden, x, w_pw.dtype)
         launch(
             du_kernel,
             (cdiv(columns, tile["BLOCK_N"]) * cdiv(rows, tile["BLOCK_M"]),),
@@ -1029,7 +1006,7 @@ def _patch_dx(
     if height % kernel_height or width % kernel_width:
         dx.zero_()
     k = c * kernel_height * kernel_width
-    rows, tile = rows_of(g), tiles(k, n, weight.dtype)
+    rows, tile = rows_of(g), tiles("patch_dx", k, n, g, weight.dtype)
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_K"], tile["BLOCK_N"]
     launch(
         patch_dx_kernel,

@@ -34,6 +34,7 @@ from .block import matrix, sample_of, weight_tile
 from .common import (
     activation,
     cdiv,
+    config,
     device,
     dot_precision,
     empty_image,
@@ -41,7 +42,6 @@ from .common import (
     launch,
     pixels,
     power_of_2,
-    precision,
     round_up,
     vector,
 )
@@ -49,36 +49,34 @@ from .patch import patch_arguments, patch_depth, patch_product, patch_rows
 from .pconv import convolve, convolve_into, place, taps_of
 
 PROGRAMS = 4  # for each multiprocessor, of a grid that walks over pixels
-# Rows, most columns and depth of a product's tile. Three stages of operands at 16 bits take 60 KB,
-# so they fit on consumer GPUs as well, which have 99 KB for a program.
-TILES = {"16": (128, 128, 32), "tf32": (128, 64, 32), "fp32": (64, 64, 16)}
 # In the interpreter one tile holds all columns: its time goes by the operation, not by the element.
 ALL_COLUMNS = triton.knobs.runtime.interpret
+MOST_ELEMENTS = 2**20  # of a tensor in Triton
+MOST_COLUMNS = 2**10
 
 
 # ---- Tiles ---------------------------------------------------------------------------------------
 
 
-def block(size: int, most: int) -> int:
-    """A power of two for ``size`` columns: the widest up to ``most``, or 64 for 128 where it leaves
-    fewer columns computed in vain."""
+def block(size: int, most: int, rows: int = MOST_COLUMNS) -> int:
+    """A power of two for ``size`` columns of a tile: the widest up to ``most``, or 64 for 128 where
+    it leaves fewer columns computed in vain. ``rows``: most of the tile."""
     if ALL_COLUMNS:
-        return power_of_2(size)
+        return power_of_2(min(size, MOST_ELEMENTS // rows))
     wide = min(most, power_of_2(size))
     return 64 if size > wide == 128 and cdiv(size, 64) % 2 == 1 else wide
 
 
-def tiles(n: int, k: int, dtype: torch.dtype, rows: int = 128, columns: int = 128) -> dict:
-    """The tile of a product (pixels, k) x (k, n), as arguments of a launch; at most ``rows`` and
-    ``columns`` where the epilogue needs registers of its own."""
-    block_m, block_n, block_k = TILES[precision(dtype)]
-    block_n = block(n, min(block_n, columns))
-    return {
-        "BLOCK_M": min(block_m, rows),
-        "BLOCK_N": block_n,
-        "BLOCK_K": power_of_2(k) if ALL_COLUMNS else min(block_k, power_of_2(k)),
-        "num_warps": 8 if block_n > 64 else 4,
-        "num_stages": 3,
+def tiles(op: str, n: int, k: int, image: Tensor, dtype: torch.dtype) -> dict:
+    """The tile of a product (pixels of ``image``, k) x (k, n), or for a weight's gradient n x k, as
+    arguments of a launch: that of tuning/, no wider than it has to be."""
+    tile = config(op, (n, k, rows_of(image)), dtype, device(image))
+    most_n, most_k = tile["BLOCK_N"], tile["BLOCK_K"]
+    if ALL_COLUMNS:
+        most_n = most_k = MOST_COLUMNS
+    return tile | {
+        "BLOCK_N": power_of_2(min(n, most_n)),
+        "BLOCK_K": power_of_2(min(k, most_k)),
     }
 
 
@@ -465,7 +463,7 @@ def pconv_pointwise(
     x, step = pixels(x)
     c, c_partial, c_out, dtype = x.shape[1], w_partial.shape[0], w_pw.shape[0], w_pw.dtype
     rows = rows_of(x)
-    tile = tiles(c_out, c, dtype, rows=64)
+    tile = tiles("pw_stats", c_out, c, x, dtype)
     blocks = cdiv(c_out, tile["BLOCK_N"])
     fused = c_out <= 256 and c_partial <= 64
     block_p = power_of_2(c_partial)
@@ -498,7 +496,7 @@ def pconv_pointwise(
         VECTOR=vector(x.dtype),
         PRECISION=dot_precision(dtype),
         BLOCK_P=block_p,
-        **tile | {"num_stages": 2},
+        **tile,
     )
     return z, *_merged(partial, rows, of_each * tile["BLOCK_M"])
 
@@ -509,12 +507,13 @@ def patch_convolved(
     """As :func:`pconv_pointwise`, with z the convolution of patches."""
     kh, kw = weight.shape[2:]
     arguments = patch_arguments(x, patch_rows(weight), kh, kw)
-    rows, c_out = arguments["M"], weight.shape[0]
-    tile = tiles(c_out, patch_depth(x.shape[1], kh, kw), weight.dtype, rows=64)
-    blocks = cdiv(c_out, tile["BLOCK_N"])
-    programs, of_each = persistent(x, rows, tile["BLOCK_M"], blocks)
+    c_out = weight.shape[0]
     shape = (x.shape[0], c_out, arguments["OH"], arguments["OW"])
     z = torch.empty(shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last)
+    rows = rows_of(z)
+    tile = tiles("patch_stats", c_out, patch_depth(x.shape[1], kh, kw), z, weight.dtype)
+    blocks = cdiv(c_out, tile["BLOCK_N"])
+    programs, of_each = persistent(x, rows, tile["BLOCK_M"], blocks)
     partial = x.new_empty((programs, 2, c_out), dtype=torch.float32) if stats else None
     launch(
         patch_stats_kernel,
@@ -537,9 +536,10 @@ def _merged(
         return None, None
     programs, _, c_out = partial.shape
     mean, m2 = (partial.new_empty(c_out) for _ in range(2))
+    block_n = block(c_out, 16)
     launch(
         merge_statistics_kernel,
-        (cdiv(c_out, 16),),
+        (cdiv(c_out, block_n),),
         partial_ptr=partial,
         mean_ptr=mean,
         m2_ptr=m2,
@@ -548,7 +548,7 @@ def _merged(
         rows_per_program=rows_per_program,
         C_OUT=c_out,
         BLOCK_S=64,
-        BLOCK_N=16,
+        BLOCK_N=block_n,
         num_warps=4,
         num_stages=3,
     )
@@ -636,7 +636,7 @@ def project(
     (x, x_step), (z, z_step) = (None, 0) if x is None else pixels(x), pixels(z)
     mean, scale, shift, layer, sample = vectors(mean, scale, shift, layer_scale, sample_scale)
     c, c_hidden, rows = y.shape[1], z.shape[1], rows_of(z)
-    tile = tiles(c, c_hidden, w_pw2.dtype)
+    tile = tiles("act_pw_residual", c, c_hidden, z, w_pw2.dtype)
     launch(
         act_pw_residual_kernel,
         (cdiv(c, tile["BLOCK_N"]) * cdiv(rows, tile["BLOCK_M"]),),
