@@ -2,6 +2,8 @@
 (float32 and float16: its bfloat16 products are wrong), against float64."""
 
 import functools
+import math
+import mmap
 
 import pytest
 import torch
@@ -19,10 +21,11 @@ from cases import (
     randn,
     weights,
 )
+from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
 from fasternet_kernels import reference
 from fasternet_kernels.reference import ACTS
-from fasternet_kernels.triton import common, kernel, training
+from fasternet_kernels.triton import backward, common, kernel, training
 
 # Every stage's channels, few pixels.
 STAGES = [
@@ -436,6 +439,27 @@ def test_what_is_masked_does_not_spread(value):
             assert dw.isfinite().all()
 
 
+def test_a_pixel_stays_in_its_patch():
+    """A NaN comes out of its own patch alone, and from a pixel that no patch covers nowhere."""
+    calls = arguments(SMALL, torch.float32)
+    (x, patch), _ = calls["patch_stats"]
+    (dz, *dstats, _, z, mean, _), _ = calls["patch_stats_backward"]
+    x[0, 0, 0, 2], x[:, :, 4] = float("nan"), float("nan")
+    found = kernel("patch_stats")(x, patch)[0].isnan().all(1)
+    assert found[0, 0, 1] and found.sum() == 1
+    x[0, 0, 0, 2] = 0
+    _, dw = kernel("patch_stats_backward")(dz, *dstats, x, z, mean, patch, [False, True])
+    assert dw.isfinite().all()
+
+
+def test_rows_beyond_the_last_have_no_gradient():
+    """Without the statistics' part either, which may be infinite where z is not near its mean."""
+    dz, dmean, dm2, x, z, mean, *others = arguments(SMALL, torch.float32)["pw_stats_backward"][0]
+    args = dz, dmean, 100 * dm2, x, torch.full_like(z, 2e38), torch.full_like(mean, 2e38)
+    for grad in kernel("pw_stats_backward")(*args, *others, [True] * 3):
+        assert grad.isfinite().all()
+
+
 def surrounded(value):
     """A tensor of the same values in memory that has NaN around them: images as the first of a
     batch and channels of wider ones, others as the first rows of longer ones."""
@@ -453,13 +477,14 @@ def surrounded(value):
     return (part[:, begin : begin + value.shape[1]] if begin else part).copy_(value)
 
 
-@pytest.mark.parametrize("shipped", [False, True], ids=["one-tile", "shipped-tiles"])
+@pytest.mark.parametrize("wide", [False, True], ids=["one-tile", "wide"])
 @pytest.mark.parametrize("name", SINGLE)
-def test_what_lies_around_is_not_read(name, shipped, monkeypatch, few_programs):
+def test_what_lies_around_is_not_read(name, wide, monkeypatch, few_programs):
     """Rows beyond the last pixel and columns beyond the last channel hold NaN: each operand is
     masked by itself, for zero times NaN is NaN."""
-    if shipped:
+    if wide:  # shipped tiles, and the gradient of z in memory
         monkeypatch.setattr(training, "ALL_COLUMNS", False)
+        monkeypatch.setattr(backward, "WIDE", 1)
     args, n, *after = arguments(Case(2, 40, 7, 6, act="silu"), torch.float32)[name]
     expected = run(kernel(name), name, (args, n, *after))
     around = tuple(map(surrounded, args)), n, *map(surrounded, after)
@@ -479,6 +504,112 @@ def meta(value):
     if isinstance(value, torch.Tensor):
         return value.to("meta")
     return type(value)(map(meta, value)) if isinstance(value, (list, tuple)) else value
+
+
+# ---- More than 2^31 elements and pixels ----------------------------------------------------------
+
+
+def resized(value, batch, size):
+    """A meta tensor for one of arguments(Case(8, 12, 4, 4)): that many images, of that size."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    shape = list(value.shape)
+    if shape[0] == 8 and (len(shape) == 1 or (shape[2] == shape[3] and shape[2] in (2, 4))):
+        shape = [batch, *shape[1:2], *(n * size // 4 for n in shape[2:])]
+    fmt = torch.channels_last if len(shape) == 4 else torch.contiguous_format
+    return torch.empty(shape, dtype=value.dtype, device="meta", memory_format=fmt)
+
+
+def recorded(name, call, batch=8, size=4):
+    args, n, *after = call
+    if (batch, size) != (8, 4):
+        args, after = ([resized(t, batch, size) for t in ts] for ts in (args, after))
+    with common.record() as launches:
+        run(kernel(name.split()[0]), name, (tuple(args), n, *after))
+    return launches
+
+
+def sparse(shape, dtype):
+    """Zeros, of which only the touched pages take memory."""
+    size = math.prod(shape) * dtype.itemsize
+    no_reserve = 0x4000
+    memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+def far(meta, near):
+    """As ``meta`` says, ending in what ``near`` has."""
+    if meta.dim() == 4:
+        b, c, h, w = meta.shape
+        t = sparse((b, h, w, c), meta.dtype).permute(0, 3, 1, 2)
+    else:
+        t = sparse(meta.shape, meta.dtype)
+    t[-near.shape[0] :] = near
+    return t
+
+
+@pytest.mark.parametrize("name", [*SINGLE, "act_pw_residual_backward bare"])
+def test_the_last_of_many_pixels(name, monkeypatch):
+    """2^31 pixels and eight images more: the program of the last tile reads and writes the last
+    images as it does where there are no others."""
+    table = common._nearest
+    monkeypatch.setattr(common, "_nearest", lambda op, shape, *on: table(op, (*shape[:-1], 1), *on))
+    monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)  # copies to itself
+    index, builder = [], interpreter_builder
+    set_dim, set_index = builder.set_grid_dim, builder.set_grid_idx
+    monkeypatch.setattr(builder, "set_grid_dim", lambda *_: set_dim(*[2**31] * 3))
+    monkeypatch.setattr(builder, "set_grid_idx", lambda *_: set_index(*index))
+    call = arguments(Case(8, 12, 4, 4), torch.float32)[name]
+    if name in ("pw_stats_backward", "patch_stats_backward"):
+        call[0][1].zero_()  # dmean, which is divided by the number of pixels
+    made = {}  # address of a meta tensor's replacement
+    for near, there in zip(recorded(name, call), recorded(name, call, 2**27 + 8), strict=True):
+        if "programs" in near.args:  # sums of what programs found
+            continue
+        found = []
+        for launch in (near, there):
+            args = dict(launch.args)
+            rows = args["rows"] if "rows" in args else args["M"]
+            tiles = -(-rows // args["BLOCK_M"])
+            axis = len(launch.grid) - 1 if "tiles_per_program" in args else 0
+            index[:] = [tiles - 1 if i == axis else 0 for i in range(3)]
+            if "tiles_per_program" in args:
+                args["tiles_per_program"] = 1
+                partial = args["partial_ptr"]
+                if partial is not None:
+                    args["partial_ptr"] = sparse((tiles, *partial.shape[1:]), partial.dtype)
+            else:
+                assert launch.grid[0] == tiles
+            for key, t in args.items():
+                if isinstance(t, torch.Tensor) and t.is_meta:
+                    t_near = near.args[key]
+                    if t.shape != t_near.shape and id(t) not in made:
+                        made[id(t)] = t, far(t, t_near)
+                    args[key] = t_near if t.shape == t_near.shape else made[id(t)][1]
+            launch.kernel[(1,)](**args, num_warps=4, num_stages=1)
+            found.append(args)
+        for key, t in found[0].items():
+            if isinstance(t, torch.Tensor):
+                last = 1 if key == "partial_ptr" else 4
+                assert torch.equal(t[-last:].nan_to_num(7), found[1][key][-last:].nan_to_num(7))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_out_of_reach_is_refused(name):
+    """Images and weights of which 32 bits do not reach every element from a program's first."""
+    call = arguments(Case(8, 12, 4, 4), torch.float32)[name]
+    assert recorded(name, call, 2**27)
+    with pytest.raises(ValueError, match="expected less than 2\\^30 pixels an image"):
+        recorded(name, call, 1, 2**16)
+    if name != "bn_act" and not name.startswith("bn_act_backward"):
+        wide = [
+            torch.empty((2**15, 2**15, *t.shape[2:]), device="meta")
+            if isinstance(t, torch.Tensor) and t.dim() == 4 and t.shape[0] != 8
+            else t
+            for t in meta(call[0])
+        ]
+        with pytest.raises(ValueError, match="expected less than 2\\^30 elements"):
+            recorded(name, (tuple(wide), *meta(call[1:])))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -42,6 +42,8 @@ from .block import matrix, sample_of
 from .common import (
     activation,
     cdiv,
+    check_reach,
+    check_weight,
     config,
     device,
     dot_precision,
@@ -682,12 +684,14 @@ def _weight_gradient(
         statistics: (z, dmean, dm2, mean) that g is completed by, or None.
         sample: (B) that multiplies g, or None.
     """
+    check_weight(weight)
     n = weight.shape[0]
     channels, kernel_height, kernel_width = weight.shape[1:]
     k = channels * kernel_height * kernel_width
     channels_last = True
     g, g_step = pixels(g)
     if operand == "patches" and a.is_contiguous():
+        check_reach(a)
         a_step, channels_last = 1, False
     else:
         a, a_step = pixels(a)

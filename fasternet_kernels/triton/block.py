@@ -31,6 +31,7 @@ from torch import Tensor
 from .common import (
     activation,
     cdiv,
+    check_weight,
     config,
     device,
     dot_precision,
@@ -514,6 +515,7 @@ def block_prepared(x, taps, w1, w2, scale, shift, layer_scale, sample_scale, act
 
 def matrix(weight: Tensor) -> Tensor:
     """A 1x1 or linear weight as dense rows."""
+    check_weight(weight)
     return weight.reshape(weight.shape[0], -1).contiguous()
 
 

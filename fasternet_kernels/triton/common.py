@@ -3,7 +3,9 @@ lie in memory, and the small device functions (pieces of a width, activations).
 
 Every kernel works on pixels: an image (B, C, H, W) in channels_last memory is a matrix of
 M = B * H * W rows of C elements, ``step`` apart. A program finds its first row in 64 bits; what it
-adds to that fits into 32, so tensors may have more than 2^31 elements.
+adds to that fits into 32, so tensors may have more than 2^31 elements, and batches more than 2^31
+pixels. Images and weights of which that is not true are refused: :func:`check_reach` for whatever
+is read or written, :func:`check_weight`.
 """
 
 from __future__ import annotations
@@ -108,6 +110,11 @@ def launch(kernel, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **
     """Launches a kernel on the device of its tensors, or records that."""
     if 0 in grid:
         return
+    if grid[0] >= 2**31 or any(n >= 2**16 for n in grid[1:]):
+        raise ValueError(
+            f"{kernel.__name__} would need a grid of {grid} programs for tensors of this size, "
+            "expected less than 2^31, on other axes 2^16"
+        )
     if _launches is not None:
         _launches.append(Launch(kernel, grid, args, num_warps, num_stages))
         return
@@ -190,8 +197,20 @@ def check_reach(x: Tensor) -> None:
     _, channels, height, width = x.shape
     if height * width >= 2**30 or (width + 2**12) * max(channels, x.stride(3)) >= 2**31:
         raise ValueError(
-            f"x has images of {height} x {width} pixels of {channels} channels, expected less than "
+            f"got images of {height} x {width} pixels of {channels} channels, expected less than "
             "2^30 pixels an image and 2^31 elements a row"
+        )
+
+
+def check_weight(weight: Tensor) -> None:
+    """Refuses weights that 32-bit offsets do not reach.
+
+    Raises:
+        ValueError: it has 2^30 elements or more.
+    """
+    if weight.numel() >= 2**30:
+        raise ValueError(
+            f"got a weight of shape {tuple(weight.shape)}, expected less than 2^30 elements"
         )
 
 
@@ -223,8 +242,15 @@ def pixels(x: Tensor) -> tuple[Tensor, int]:
 
 def empty_image(like: Tensor, channels: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised channels_last image of like's batch, height and width."""
-    shape = (like.shape[0], channels, *like.shape[2:])
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+    return empty_of_size(like, (channels, *like.shape[2:]), dtype)
+
+
+def empty_of_size(like: Tensor, size: tuple[int, int, int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised channels_last image of like's batch and that (C, H, W)."""
+    shape = (like.shape[0], *size)
+    y = torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
+    check_reach(y)
+    return y
 
 
 def in_format_of(y: Tensor, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..reference import ACTS, BLOCK, EMIT, HEAD, PATCH_CONV
 from .block import block_prepared, pconv_pw_prepared
+from .common import check_weight
 from .layout import Section, channels_inside, rows_of, sections, size, vectors_of
 from .patch import head_prepared, patch_conv_prepared
 
@@ -41,6 +42,7 @@ def pack(
 def _rows(packed: Tensor, section: Section, x: Tensor) -> Tensor:
     """The section's rows in x's dtype; of PConv's 3x3 as (9, C_out, padded C_in)."""
     rows = rows_of(packed, section)
+    check_weight(rows)
     if section.partial:
         rows = rows.view(9, section.outputs, section.step)
     return rows.to(x.dtype)

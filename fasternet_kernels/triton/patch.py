@@ -25,6 +25,7 @@ from .common import (
     config,
     device,
     dot_precision,
+    empty_of_size,
     in_format_of,
     launch,
     power_of_2,
@@ -184,8 +185,7 @@ def patch_conv_prepared(
     """The patch convolution with a weight as rows in the order of :func:`channels_inside`."""
     arguments = patch_arguments(x, rows, kh, kw)
     m, c_out = arguments["M"], arguments["N"]
-    shape = (x.shape[0], c_out, arguments["OH"], arguments["OW"])
-    y = torch.empty(shape, dtype=rows.dtype, device=x.device, memory_format=torch.channels_last)
+    y = empty_of_size(x, (c_out, arguments["OH"], arguments["OW"]), rows.dtype)
     cfg = config("patch_conv", (c_out, m), rows.dtype, device(x))
     block_n = min(cfg["BLOCK_N"], power_of_2(c_out))
     launch(

@@ -36,6 +36,7 @@ from torch import Tensor
 from .. import cuda
 from .common import (
     cdiv,
+    check_weight,
     config,
     device,
     dot_precision,
@@ -55,6 +56,7 @@ from .common import (
 
 def taps_of(weight: Tensor) -> Tensor:
     """An OIHW weight as (9, O, I), kernel position first, I padded with zeros to 16 bytes."""
+    check_weight(weight)
     c_out, c_in = weight.shape[:2]
     padded = round_up(c_in, vector(weight.dtype))
     taps = weight.permute(2, 3, 0, 1).reshape(9, c_out, c_in)

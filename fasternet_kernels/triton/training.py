@@ -38,6 +38,7 @@ from .common import (
     device,
     dot_precision,
     empty_image,
+    empty_of_size,
     in_format_of,
     launch,
     pixels,
@@ -508,8 +509,7 @@ def patch_convolved(
     kh, kw = weight.shape[2:]
     arguments = patch_arguments(x, patch_rows(weight), kh, kw)
     c_out = weight.shape[0]
-    shape = (x.shape[0], c_out, arguments["OH"], arguments["OW"])
-    z = torch.empty(shape, dtype=weight.dtype, device=x.device, memory_format=torch.channels_last)
+    z = empty_of_size(x, (c_out, arguments["OH"], arguments["OW"]), weight.dtype)
     rows = rows_of(z)
     tile = tiles("patch_stats", c_out, patch_depth(x.shape[1], kh, kw), z, weight.dtype)
     blocks = cdiv(c_out, tile["BLOCK_N"])
