@@ -14,7 +14,16 @@ from torch import Tensor
 from bench.workloads import IMAGE_SIZE, NETWORKS, OWN_ACT, STAGES
 from fasternet_kernels.reference import compute_dtype
 
-__all__ = ["BACKWARD", "DTYPES", "FORWARD", "INFERENCE", "TRAINING", "Call", "calls"]
+__all__ = [
+    "BACKWARD",
+    "DTYPES",
+    "FORWARD",
+    "INFERENCE",
+    "TRAINING",
+    "TRAINING_BATCH",
+    "Call",
+    "calls",
+]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INFERENCE = ("pconv3x3", "pconv3x3_", "pconv_pw", "block", "patch_conv", "head")
@@ -27,6 +36,7 @@ BACKWARD = (
     "act_pw_residual_backward",
 )
 TRAINING = (*FORWARD, *BACKWARD)
+TRAINING_BATCH = 128
 N_DIV, MLP_RATIO = 4, 2
 HEAD_WIDTH, CLASSES = 1280, 1000
 

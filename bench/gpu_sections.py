@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import fasternet_kernels as fk
 from bench import gpu, gpu_report, gpu_tune, providers, workloads
-from bench.calls import DTYPES
+from bench.calls import DTYPES, TRAINING_BATCH
 from bench.gpu_rows import CHECKED_IMAGES, Contender, Session, Work
 from bench.gpu_timing import Device, Prepared
 from bench.workloads import IMAGE_SIZE, OWN_ACT, STAGES, Workload
@@ -25,7 +25,6 @@ from fasternet_kernels import models
 __all__ = ["run"]
 
 PAPER = ((96, 56), (192, 28), (384, 14), (768, 7))  # channels and side in the paper's Table 1
-TRAINING_BATCH = 128
 ORDER = ("t0", "l", "s", "t1", "t2", "m")  # the ones that matter most first
 
 

@@ -9,6 +9,7 @@ in-place PConv the kernel of csrc/cuda is timed as well, and "cuda" stands in th
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from unittest import mock
 import torch
 
 from bench import offline
-from bench.calls import Call
+from bench.calls import TRAINING, TRAINING_BATCH, Call
 from bench.gpu_timing import Device, Prepared
 
 __all__ = ["tune"]
@@ -33,25 +34,28 @@ def _plan(dry: bool) -> Iterator[Call]:
     """The calls, the ones that matter most first."""
     if dry:
         yield Call("pconv3x3_", "t0", 1, 1, "fp16", side=4)
+        yield Call("pconv3x3_backward", "t0", 1, 1, "fp16", side=4)
         return
-    for batch in (256, 1, 32):
-        for name in NETWORKS:
-            for op in OPS:
-                for stage in (1, 2, 3, 4):
-                    yield Call(op, name, stage, batch, "bf16")
+    first, others = NETWORKS[:2], NETWORKS[2:]
+    large = ((OPS, 256), (TRAINING, TRAINING_BATCH))
+    for names, work in ((first, large), (others, large), (NETWORKS, ((OPS, 1), (OPS, 32)))):
+        for ops, batch in work:
+            for name, op, stage in itertools.product(names, ops, (1, 2, 3, 4)):
+                yield Call(op, name, stage, batch, "bf16")
 
 
 @contextlib.contextmanager
-def _answering(answers: dict[str, dict], asked: dict[Key, dict]) -> Iterator[None]:
-    """Launchers get `answers` for the kernels named there, else the table's; `asked` gets what they
-    ask for."""
+def _answering(answers: dict[Key, dict], asked: dict[Key, dict]) -> Iterator[None]:
+    """Launchers get `answers` for the keys there, else the table's; `asked` gets what they ask
+    for."""
     from fasternet_kernels.triton import common
 
     table = common._nearest
 
     def nearest(op, shape, kind, capability):
-        config = answers.get(op) or table(op, shape, kind, capability)
-        asked[op, tuple(shape), kind] = config
+        key = op, tuple(shape), kind
+        config = answers.get(key) or table(op, shape, kind, capability)
+        asked[key] = config
         return config
 
     with mock.patch.object(common, "_nearest", nearest):
@@ -85,11 +89,11 @@ def _gpu(device: Device) -> offline.Gpu:
     )
 
 
-def _compile_ahead(trials: list[tuple[Call, str, dict]], gpu: offline.Gpu) -> None:
+def _compile_ahead(trials: list[tuple[Call, Key, dict]], gpu: offline.Gpu) -> None:
     """Compiles what the trials will launch into Triton's cache, on all processors."""
     todo, seen = [], set()
-    for call, kernel, config in trials:
-        with _answering({kernel: config}, {}), contextlib.suppress(Exception):
+    for call, wanted, config in trials:
+        with _answering({wanted: config}, {}), contextlib.suppress(Exception):
             for launch in offline.record(call, gpu):
                 key = offline.key(launch, gpu.capability)
                 if key not in seen:
@@ -156,18 +160,19 @@ def tune(device: Device, folder: Path, seconds: float) -> None:
             offline.record(call, gpu)
         for key, config in asked.items():
             wanted.setdefault(key, (call, config))
-    room = 2 if device.dry else max(8, round(seconds))  # shapes that a second each is left for
+    room = 3 if device.dry else max(8, round(seconds))  # shapes that a second each is left for
     wanted = dict(list(wanted.items())[:room])
     if not device.dry:
         _compile_ahead(
-            [(call, k[0], c) for k, (call, config) in wanted.items() for c in candidates(config)],
+            [(call, key, c) for key, (call, config) in wanted.items() for c in candidates(config)],
             gpu,
         )
-    for (kernel, shape, kind), (call, config) in wanted.items():
+    for key, (call, config) in wanted.items():
         if time.monotonic() > end:
             print("no time for more")
             break
-        best = _best(device, call, kernel, config)
+        kernel, shape, kind = key
+        best = _best(device, call, key, config)
         row = {"shape": list(shape), "precision": kind, "config": best}
         table[kernel] = [
             r for r in table[kernel] if (r["shape"], r["precision"]) != (list(shape), kind)
@@ -178,12 +183,12 @@ def tune(device: Device, folder: Path, seconds: float) -> None:
             write_table(to / source.name, table)
 
 
-def _best(device: Device, call: Call, kernel: str, config: dict) -> dict:
+def _best(device: Device, call: Call, key: Key, config: dict) -> dict:
     trials = candidates(config)[: 2 if device.dry else None]
 
     def prepare(trial: dict) -> Callable[[], Prepared]:
         def make() -> Prepared:
-            with _answering({kernel: trial}, {}):
+            with _answering({key: trial}, {}):
                 return _prepare(device, call)  # a graph: what it launches is settled here
 
         return make

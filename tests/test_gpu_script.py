@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import gpu_report, gpu_tune, results, roofline
-from bench.calls import Call
+from bench.calls import TRAINING, TRAINING_BATCH, Call
 from bench.gpu import SECTIONS, main
 from bench.gpu_rows import GpuRow
 from bench.offline import GPUS, Binary, record
@@ -123,6 +123,25 @@ def test_candidates():
     assert {**config, "num_warps": 8} in found
     assert all(trial["BLOCK_M"] >= 16 and trial["most_channels"] == 8 for trial in found)
     assert len({json.dumps(trial) for trial in found}) == len(found)
+
+
+def test_every_training_kernel_is_tuned():
+    """What the launchers of training ask the tables for is among what is tuned, key by key."""
+    asked = {}
+    for call in gpu_tune._plan(dry=False):
+        if call.network == "t0" and call.op in TRAINING and call.batch == TRAINING_BATCH:
+            with gpu_tune._answering({}, asked):
+                record(call, GPUS[9, 0])
+    tables = json.loads(TUNING[0].read_text()).keys() - {"capabilities"}
+    inference = {"pconv_in_place", "block", "pconv_pw", "gemm", "patch_conv"}
+    assert {op for op, _, _ in asked} == tables - inference
+    key, config = next((k, c) for k, c in asked.items() if k[0] == "weight_gradient")
+    found = {}
+    with gpu_tune._answering({key: {**config, "BLOCK_M": 1024}}, found):
+        record(Call("act_pw_residual_backward", "t0", 1, TRAINING_BATCH, "bf16"), GPUS[9, 0])
+        record(Call("pw_stats_backward", "t0", 1, TRAINING_BATCH, "bf16"), GPUS[9, 0])
+    changed = [k for k, c in found.items() if c != asked[k]]
+    assert changed == [key] and len(found) > 1
 
 
 @pytest.mark.parametrize("op", roofline.OPS)
