@@ -37,6 +37,7 @@ BACKWARD = (
 )
 TRAINING = (*FORWARD, *BACKWARD)
 TRAINING_BATCH = 128
+PATCHES = ("patch_conv", "patch_stats", "patch_stats_backward")
 N_DIV, MLP_RATIO = 4, 2
 HEAD_WIDTH, CLASSES = 1280, 1000
 
@@ -72,7 +73,7 @@ class Call:
     def shape(self) -> tuple[int, int, int, int]:
         """(B, C, H, W) of what comes in."""
         side = self.side or IMAGE_SIZE // 4 >> (self.stage - 1)
-        if self.op.startswith("patch_"):
+        if self.op in PATCHES:
             if self.stage == 1:
                 return self.batch, 3, 4 * side, 4 * side
             return self.batch, self.channels // 2, 2 * side, 2 * side
@@ -106,7 +107,7 @@ class Call:
             return x, w_partial, w_pw1, scale, shift, self.act, False
         if self.op == "block":
             return x, w_partial, w_pw1, w_pw2, scale, shift, None, None, self.act, False
-        if self.op.startswith("patch_"):
+        if self.op in PATCHES:
             outputs = functools.partial(vector, self.channels)
             side = 4 if self.stage == 1 else 2
             weight = image(self.channels, c, side, side, scale=(c * side * side) ** -0.5)
