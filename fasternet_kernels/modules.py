@@ -28,12 +28,14 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import ops
+from . import library, ops
 from .models import ACTIVATIONS, DropPath
 from .reference import apply_act, compute_dtype
 from .training import NORMS, batch_norm_layer, process_group, uses_batch_statistics
 
 _ops = torch.ops.fasternet_kernels
+# Devices on which stem and merging layers train in the fused ops.
+_FUSED_TRAINING = ("cpu", "cuda") if library.has_kernel("patch_stats", "cuda") else ("cpu",)
 
 
 class BlockParts(NamedTuple):
@@ -541,8 +543,8 @@ class FusedPatchConv(PackingModule):
     Emits channels_last.
 
     Inference without gradients is one op on packed weights; training with batch statistics runs the
-    fused ops on the CPU, and elsewhere in a lean layer. Otherwise convolution and norm run as they
-    are.
+    fused ops on the CPU and where CUDA kernels are, and elsewhere in a lean layer. Otherwise
+    convolution and norm run as they are.
     """
 
     def parts(self) -> tuple[nn.Conv2d, nn.Module | None] | None:
@@ -585,7 +587,7 @@ class FusedPatchConv(PackingModule):
             self.drop_pack()
             x = x.contiguous(memory_format=torch.channels_last)
             if (
-                (self.trains_lean() or x.device.type == "cpu")
+                (self.trains_lean() or x.device.type in _FUSED_TRAINING)
                 and uses_batch_statistics(norm)
                 and conv.bias is None
                 and not _empty_alone(x, norm)
