@@ -225,7 +225,7 @@ def sum_kernel(
 def add_statistics(dz, z, dmean_ptr, dm2_ptr, mean_ptr, rows, n, N: tl.constexpr):
     """total, from tiles of dz and z whose columns are the channels ``n``."""
     mean, dmean, dm2 = load_vectors(mean_ptr, dmean_ptr, dm2_ptr, n, N)
-    return dz.to(tl.float32) + dmean / rows + (z.to(tl.float32) - mean) * (2.0 * dm2)
+    return dz.to(tl.float32) + dmean * (1.0 / rows) + (z.to(tl.float32) - mean) * (2.0 * dm2)
 
 
 @triton.jit
