@@ -4,6 +4,7 @@
 import functools
 import math
 import mmap
+import os
 
 import pytest
 import torch
@@ -21,6 +22,13 @@ from cases import (
     randn,
     weights,
 )
+
+if torch.cuda.is_available() and not os.environ.get("TRITON_INTERPRET"):
+    pytest.skip(
+        "there is a GPU, whose tests are in test_gpu.py; these alone run with TRITON_INTERPRET=1",
+        allow_module_level=True,
+    )
+
 from triton.runtime.interpreter import GridExecutor, interpreter_builder
 
 from fasternet_kernels import reference
