@@ -333,6 +333,36 @@ struct Packed {
   const T* next() const { return data + packed_elements(n, k, sizeof(T)); }
 };
 
+// Memory that is used after a GEMM, such as the next tile's pixels: the micro-kernels fetch it into L2, a few cache lines
+// each. Left to the loops that read it, a tile's misses and its arithmetic would take turns.
+struct Ahead {
+  static constexpr int kMost = 6;
+  static constexpr int64_t kBytes = 256 << 10;  // more would drive out what is in use
+  struct {
+    const char *begin, *end;
+  } ranges[kMost];
+  int count = 0, next = 0;
+  int64_t bytes = 0;
+
+  // Pixels [pixel, pixel + pixels) of an image whose pixels are `stride` elements apart; null: nothing.
+  template <class S>
+  void add(const S* image, int64_t stride, int64_t pixel, int64_t pixels) {
+    const int64_t size = clip(pixels * stride * static_cast<int64_t>(sizeof(S)), kBytes - bytes);
+    if (!image || size <= 0 || count == kMost) return;
+    const char* const begin = reinterpret_cast<const char*>(image + pixel * stride);
+    ranges[count++] = {begin, begin + size};
+    bytes += size;
+  }
+  // Where the next `size` bytes are; null when all have been taken.
+  const char* take(int64_t size) {
+    while (next < count && ranges[next].begin >= ranges[next].end) ++next;
+    if (next == count) return nullptr;
+    const char* const begin = ranges[next].begin;
+    ranges[next].begin += size;
+    return begin;
+  }
+};
+
 template <class T>
 struct Gemm {
   const RowGroup<T>* groups;
@@ -354,6 +384,7 @@ struct Gemm {
   int64_t residual_stride;
   const T* next;       // the weights read after this, from the first panel on, or null
   int64_t next_panel;  // elements from panel to panel
+  Ahead* ahead;        // fetched before any weights, or null
   void then(const Packed<T>& w, int64_t column, int64_t k_begin) {
     next = w.panel(column) + k_begin * w.lanes(column);
     next_panel = w.panel_stride();
@@ -426,9 +457,12 @@ void gemm(const Gemm<T>& g) {
       }
       for (int64_t i = 0; i < g.n_groups; ++i) {
         const RowGroup<T>& group = g.groups[i];
-        m.prefetch = reinterpret_cast<const char*>(
-            panel < FASTERNET_PANELS ? next + panel * next_panel + part * lines * kWidth : m.b);
-        if (++part == per_panel) part = 0, ++panel;
+        m.prefetch = g.ahead ? g.ahead->take(lines * kPanelBytes) : nullptr;
+        if (!m.prefetch) {
+          m.prefetch = reinterpret_cast<const char*>(
+              panel < FASTERNET_PANELS ? next + panel * next_panel + part * lines * kWidth : m.b);
+          if (++part == per_panel) part = 0, ++panel;
+        }
         for (int s = 0; s < m.n_segments; ++s) {
           const T* const a = group.a[source[s]];
           m.a[s] = a ? a + offset[s] : nullptr;
@@ -719,7 +753,7 @@ struct WinogradTile {
     }
   }
 
-  // The PConv of tile t of x into u; `next` is the weight read after it.
+  // The PConv of tile t of x into u; `then` is the weight read after it.
   void run(const Image<T>& x, int64_t height, int64_t width, const Tiling::Tile& t, T* u, int64_t u_stride,
            const Packed<T>* next) const {
     constexpr int kWide = FASTERNET_VECTOR_BYTES, kNarrow = kHalfBytes;
@@ -795,9 +829,9 @@ struct PConvTile {
     groups = carver->take<RowGroup<T>>(tiling.max_groups());
   }
 
-  // The PConv of tile t of x into u; `next` is the weight read after it.
+  // The PConv of tile t of x into u; `then` is the weight read after it.
   void run(const Image<S>& x, int64_t height, int64_t width, const Tiling::Tile& t, int64_t total_rows,
-           const Packed<T>* then) {
+           const Packed<T>* then, Ahead* ahead = nullptr) {
     if constexpr (Same<S, float>::value) {
       if (winograd.packed) return winograd.run(x, height, width, t, u, u_stride, then);
     }
@@ -840,6 +874,7 @@ struct PConvTile {
     g.c = sums;
     g.c_stride = sums_stride;
     if (then) g.then(*then, 0, 0);
+    g.ahead = ahead;
     gemm(g);
     for (int64_t row = 0; row < t.row1 - t.row0; ++row) {
       add_columns(sums + row * columns * sums_stride, sums_stride, t.columns(), before, after, c_out,
