@@ -333,8 +333,8 @@ struct Packed {
   const T* next() const { return data + packed_elements(n, k, sizeof(T)); }
 };
 
-// Memory that is used after a GEMM, such as the next tile's pixels: the micro-kernels fetch it into L2, a few cache lines
-// each. Left to the loops that read it, a tile's misses and its arithmetic would take turns.
+// Memory that is used after a GEMM, such as the next tile's pixels: the micro-kernels fetch it into L2, a few cache
+// lines each. Left to the loops that read it, a tile's misses and its arithmetic would take turns.
 struct Ahead {
   static constexpr int kMost = 6;
   static constexpr int64_t kBytes = 256 << 10;  // more would drive out what is in use
@@ -1229,6 +1229,24 @@ void load_patch_rows(const S* source, const Image<S>& x, int64_t columns, int64_
   }
 }
 
+// The patches of tile t of the output as rows of (kernel row, kernel column, channel), `stride` elements apart.
+template <class S, class T>
+void load_patches(const Image<S>& x, const Tiling::Tile& t, int64_t out_height, int64_t kh, int64_t kw,
+                  int64_t channels, int64_t stride, T* patches) {
+  const bool stem = kw == 4 && channels == 3;
+  for (int64_t row = t.row0; row < t.row1; ++row, patches += t.columns() * stride) {
+    for (int64_t dy = 0; dy < kh; ++dy) {
+      const S* const source = x.at(row / out_height, row % out_height * kh + dy, t.column0 * kw);
+      T* const first = patches + dy * kw * channels;
+      if (stem) {
+        load_patch_rows<4, 3>(source, x, t.columns(), 4, 3, stride, first);
+      } else {
+        load_patch_rows<0, 0>(source, x, t.columns(), kw, channels, stride, first);
+      }
+    }
+  }
+}
+
 // finish(i) follows when tile i of y is written, with the tile still in the caches.
 template <class S, class T, class F>
 void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, const ParallelFor& parallel, const F& finish) {
@@ -1256,6 +1274,16 @@ void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, const Paralle
       const int64_t pixels = t.pixels(), columns = t.columns();
       Gemm<T> g = {};
       g.groups = groups;
+      Ahead ahead;
+      if (i + 1 < end) {
+        const Tiling::Tile next = tiling.tile(i + 1);
+        if (in_runs && next.columns() == out_width) {
+          ahead.add(x.at(next.row0 / out_height, next.row0 % out_height * args.kh, 0), args.channels, 0,
+                    (next.row1 - next.row0) * args.kh * args.width);
+        }
+        ahead.add(static_cast<const S*>(args.y), args.y_pixel_stride, next.pixel(out_width), next.pixels());
+      }
+      g.ahead = &ahead;
       if constexpr (Same<S, T>::value) {
         if (in_runs) {
           g.n_segments = static_cast<int>(args.kh);
@@ -1271,18 +1299,7 @@ void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, const Paralle
         }
       }
       if (!in_runs) {
-        const bool stem = args.kw == 4 && args.channels == 3;
-        for (int64_t row = t.row0; row < t.row1; ++row) {
-          for (int64_t dy = 0; dy < args.kh; ++dy) {
-            const S* source = x.at(row / out_height, row % out_height * args.kh + dy, t.column0 * args.kw);
-            T* const first = patches + (row - t.row0) * columns * depth + dy * run;
-            if (stem) {
-              load_patch_rows<4, 3>(source, x, columns, 4, 3, depth, first);
-            } else {
-              load_patch_rows<0, 0>(source, x, columns, args.kw, args.channels, depth, first);
-            }
-          }
-        }
+        load_patches(x, t, out_height, args.kh, args.kw, args.channels, depth, patches);
         g.n_segments = 1;
         g.segment_k[0] = g.segment_stride[0] = depth;
         const T* const a[1] = {patches};

@@ -557,8 +557,8 @@ void pack_conv3x3(const S* w, int64_t c_partial, bool transposed, int64_t n0, in
 }
 // ---- Products along pixels ------------------------------------------------------------------------------------------
 
-// c[kRows][kVecs vectors] (+)= sum over pixels of a[pixel][row] * b[pixel][column]. Each pixel fetches a cache line from
-// `prefetch` on, `prefetch_step` bytes apart.
+// c[kRows][kVecs vectors] (+)= sum over pixels of a[pixel][row] * b[pixel][column]. Each pixel fetches a cache line
+// from `prefetch` on, `prefetch_step` bytes apart.
 template <class T, int kRows, int kVecs>
 void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t pixels, bool add, T* c, int64_t c_stride,
            const char* prefetch, int64_t prefetch_step) {
@@ -611,8 +611,8 @@ template <class T, int kVecs>
 constexpr OuterTable<T, kVecs> kOuter{};
 
 // c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], at most kOuterDepth pixels at a time, a tile's: that keeps
-// the rounding error of many pixels near that of a few, and c is read and written once a tile. Rows of b are readable to
-// whole vectors. While it runs it fetches what lies ahead.
+// the rounding error of many pixels near that of a few, and c is read and written once a tile. Rows of b are readable
+// to whole vectors. While it runs it fetches what lies ahead.
 constexpr int64_t kOuterDepth = 128;
 constexpr int64_t kShortRow = 24;  // pixels that are too few for reading and writing c
 template <class T>
@@ -1633,6 +1633,19 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
           g.n_end = part.n_padded;
           g.c = sums;
           g.c_stride = part.n_padded;
+          Ahead ahead;
+          if (i + 1 < tile1) {
+            const Tiling::Tile next = tiling.tile(i + 1);
+            ahead.add(total.dz, total.dz_stride, next.pixel(out_width), next.pixels());
+            ahead.add(total.z, total.z_stride, next.pixel(out_width), next.pixels());
+            if (next.columns() == out_width) {
+              ahead.add(
+                  dx, channels,
+                  next.row0 / out_height * args.height * args.width + next.row0 % out_height * args.kh * args.width,
+                  (next.row1 - next.row0) * args.kh * args.width);
+            }
+          }
+          g.ahead = &ahead;
           gemm(g);
           const T* sum = sums;
           for (int64_t row = t.row0; row < t.row1; ++row) {
@@ -1671,26 +1684,32 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
           for (int64_t n = n0; n < n1; ++n) dshift[n] += g_rows[p * g_stride + n - n0];
         }
         if (!need_products) continue;
-        T* patch = patches;
-        for (int64_t row = t.row0; row < t.row1; ++row) {
-          for (int64_t column = t.column0; column < t.column1; ++column, patch += patch_stride) {
-            for (int64_t dy = 0; dy < args.kh; ++dy) {
-              const S* const from = x.at(row / out_height, row % out_height * args.kh + dy, column * args.kw);
-              T* const to = patch + dy * run;
-              if (in_runs) {
-                combine<T>(from, static_cast<const T*>(nullptr), to, run);
-                continue;
-              }
-              for (int64_t c = 0; c < channels; ++c) {
-                for (int64_t tap = 0; tap < args.kw; ++tap) {
-                  to[tap * channels + c] = to_compute(from[c * x.channel_stride + tap * x.pixel_stride]);
-                }
+        Ahead ahead;
+        if (i + 1 < chunks.begin(chunk + 1)) {
+          const Tiling::Tile next = tiling.tile(i + 1);
+          ahead.add(total.dz, total.dz_stride, next.pixel(out_width), next.pixels());
+          ahead.add(total.z, total.z_stride, next.pixel(out_width), next.pixels());
+          if (in_runs && next.columns() == out_width) {
+            ahead.add(x.at(next.row0 / out_height, next.row0 % out_height * args.kh, 0), channels, 0,
+                      (next.row1 - next.row0) * args.kh * args.width);
+          }
+        }
+        if (in_runs) {
+          T* patch = patches;
+          for (int64_t row = t.row0; row < t.row1; ++row) {
+            for (int64_t column = t.column0; column < t.column1; ++column, patch += patch_stride) {
+              for (int64_t dy = 0; dy < args.kh; ++dy) {
+                combine<T>(x.at(row / out_height, row % out_height * args.kh + dy, column * args.kw),
+                           static_cast<const T*>(nullptr), patch + dy * run, run);
               }
             }
           }
+        } else {
+          load_patches(x, t, out_height, args.kh, args.kw, channels, patch_stride, patches);
         }
         add_products<T>(g_rows, g_stride, n1 - n0, patches, patch_stride, product_stride, t.pixels(),
-                        i > chunks.begin(chunk), products + (chunk * c_out + n0) * product_stride, product_stride);
+                        i > chunks.begin(chunk), products + (chunk * c_out + n0) * product_stride, product_stride,
+                        &ahead);
       }
     });
   }
