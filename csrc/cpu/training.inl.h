@@ -610,10 +610,10 @@ struct OuterTable {
 template <class T, int kVecs>
 constexpr OuterTable<T, kVecs> kOuter{};
 
-// c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], at most kOuterDepth pixels at a time, a tile's: that keeps
-// the rounding error of many pixels near that of a few, and c is read and written once a tile. Rows of b are readable
-// to whole vectors. While it runs it fetches what lies ahead.
-constexpr int64_t kOuterDepth = 128;
+// c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], at most kOuterDepth pixels at a time, which keeps the
+// rounding error of many pixels near that of a few. Rows of b are readable to whole vectors. While it runs it fetches
+// what lies ahead.
+constexpr int64_t kOuterDepth = 48;
 constexpr int64_t kShortRow = 24;  // pixels that are too few for reading and writing c
 template <class T>
 void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t pixels,
