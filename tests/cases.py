@@ -144,40 +144,6 @@ def loop_conv(x: Tensor, weight: Tensor, bias=None, stride=1, padding=0) -> Tens
     return total.reshape(x.shape[0], n, height, width).to(x.dtype)
 
 
-def loop_conv_backward(grad, x, weight, need_x, need_weight, stride=(1, 1), padding=0):
-    """The gradients of a convolution of stride 1, one multiply and one add at a time."""
-    dx = dw = None
-    if need_x:
-        around = weight.shape[2] - 1 - padding
-        dx = loop_conv(grad, weight.flip(2, 3).transpose(0, 1), padding=around)
-    if need_weight:
-        columns = F.unfold(x.float(), weight.shape[2:], padding=padding)
-        dw = torch.zeros(weight.shape).flatten(1)
-        for g, a in zip(
-            *(t.transpose(1, 2).flatten(0, 1) for t in (grad.float().flatten(2), columns))
-        ):
-            dw = dw + g[:, None] * a
-        dw = dw.reshape(weight.shape).to(weight.dtype)
-    return dx, dw
-
-
-class LoopConv(torch.autograd.Function):
-    """F.conv2d of stride 1 in plain loops, forward and backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias=None, stride=1, padding=0):
-        ctx.save_for_backward(x, weight)
-        ctx.padding = padding
-        return loop_conv(x, weight, bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx, grad):
-        gradients = loop_conv_backward(
-            grad, *ctx.saved_tensors, *ctx.needs_input_grad[:2], padding=ctx.padding
-        )
-        return *gradients, None, None, None
-
-
 # ---- The criterion -------------------------------------------------------------------------------
 
 
