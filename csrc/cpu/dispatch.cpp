@@ -1,6 +1,7 @@
 // Chooses the instruction set once, forwards the public operators to its kernels, and owns what is per process or per
 // thread: the selection and the scratch.
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 
@@ -130,6 +131,12 @@ void* scratch(Slot slot, int64_t bytes) {
     mine.data[slot] = ::operator new(static_cast<size_t>(bytes), std::align_val_t(64));
     mine.bytes[slot] = bytes;
   }
+#ifdef FASTERNET_GUARD_SCRATCH
+  char* const data = static_cast<char*>(mine.data[slot]);
+  __asan_unpoison_memory_region(data, static_cast<size_t>(bytes));
+  std::memset(data, 0xFF, static_cast<size_t>(bytes));  // NaN in every type
+  forbid(data + bytes, data + mine.bytes[slot]);
+#endif
   return mine.data[slot];
 }
 
@@ -162,6 +169,9 @@ void act_pw_residual(const ActPwResidual& args, const ParallelFor& parallel) {
   kernels().act_pw_residual(args, parallel);
 }
 void act_pw_residual_backward(const ActPwResidualBackward& args, const ParallelFor& parallel) {
+  const bool wanted =
+      args.dz || args.dmean || args.dscale || args.dshift || args.dw_pw2 || args.dlayer_scale || args.dsample_scale;
+  if (!wanted) return;  // the kernel would compute the activation, for which it then has no scratch
   const TrimScratch at_end;
   kernels().act_pw_residual_backward(args, parallel);
 }
