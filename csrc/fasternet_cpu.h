@@ -8,8 +8,10 @@
 // Arithmetic is float for float and bfloat16 storage, double for double storage. Every output element is accumulated in
 // one fixed order of K, so results depend neither on the number of threads nor on the batch an image comes in.
 //
-// The library owns no threads: each call takes a ParallelFor. Scratch is kept per thread and reused between calls; a
-// buffer of more than 32 MB, which only head and network at large batches need, is freed when the call returns.
+// The library owns no threads: each call takes a ParallelFor. Scratch is kept per thread and reused, so that a call
+// like the one before allocates nothing. What large images and batches need is kept only for a while: a buffer of more
+// than 32 MB until a few calls in a row have needed less than half of it, one of more than 128 MB until the call
+// returns.
 #pragma once
 
 #include <cstddef>

@@ -76,10 +76,9 @@ constexpr int64_t kScratchGap = 0;
 static inline void forbid(const char*, const char*) {}
 #endif
 
-// At its end, frees the buffers of the calling thread that are larger than kKeptBytes. For the operators whose scratch
-// grows with the batch: what one large call needed must not stay for the life of the thread, while small calls, where
-// an allocation shows, go on without any.
-constexpr int64_t kKeptBytes = int64_t{32} << 20;
+// At its end, frees the buffers of the calling thread that are out of proportion. For the operators whose scratch grows
+// with the batch: what one large call needed must not stay for the life of the thread, and yet a call like the one
+// before must not allocate. dispatch.cpp has the rule.
 struct TrimScratch {
   TrimScratch() = default;
   TrimScratch(const TrimScratch&) = delete;
