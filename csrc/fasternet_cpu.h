@@ -198,14 +198,17 @@ double fma_peak(double seconds, const ParallelFor& parallel);
 //   header   96 bytes   magic "FNETPLAN", u32 mark 0x01020304, u32 version, u64 bytes of the file, u32 dtype (DType),
 //                       u32 flags (kPlanSequence), u32 channels of the input, u32 n_steps, u32 n_outputs, u32 bytes of
 //                       the writer's name, 40 bytes of zeros, u32 zero, u32 CRC-32 (zlib's) of all bytes but these 4
-//   steps    64 each    u32 kind, u32 act, u32 flags (none is known yet), u32 zero, i64 a, b, c as in NetworkStep, u64
-//                       offset and u64 bytes of the packed weights in the file, u64 zero
+//   steps    64 each    u32 kind, u32 act, u32 flags (kPlanFast), u32 zero, i64 a, b, c as in NetworkStep, u64 offset
+//                       and u64 bytes of the packed weights in the file, u64 zero
 //   outputs  32 each    u32 1 for a head's (batch, channels), 0 for a feature map; u32 zero, i64 channels, i64 rows and
 //                       i64 columns of the input per row and column of the map, 0 for a head
 //   writer              UTF-8, then zeros up to a multiple of 64 bytes from the beginning of the file
 //   weights             each step's pack in the compute type
+//
+// A flag that a reader does not know is an error; so files without it stay readable for libraries older than the flag.
 constexpr uint32_t kPlanVersion = 1;
 constexpr uint32_t kPlanSequence = 1;  // the outputs are a sequence even where there is only one
+constexpr uint32_t kPlanFast = 1;      // of a block: the fast tier is allowed, and its weights end the pack
 
 struct PlanOutput {
   int64_t channels, row_stride, column_stride;  // strides are 0 for the (batch, channels) output of a head
