@@ -560,7 +560,9 @@ struct Carver {
   template <class T>
   T* take(int64_t n) {
     T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used = round_up(used + n * static_cast<int64_t>(sizeof(T)), 64);
+    const int64_t end = used + n * static_cast<int64_t>(sizeof(T));
+    used = round_up(end, 64) + kScratchGap;
+    if (base) forbid(base + end, base + used);
     return piece;
   }
 };
