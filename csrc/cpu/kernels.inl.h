@@ -1155,6 +1155,12 @@ void block_as(const Block& args, const ParallelFor& parallel) {
     for (int64_t i = begin; i < end; ++i) {
       const Tiling::Tile t = tiling.tile(i);
       const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+      Ahead ahead;
+      if (i + 1 < end) {
+        const int64_t after = tiling.tile(i + 1).pixels();
+        ahead.add(x.data, args.x_pixel_stride, pixel + pixels, after);
+        ahead.add(y, args.y_pixel_stride, pixel + pixels, after);
+      }
       pconv.run(x, args.height, args.width, t, total_rows, &w_pw1);
       Gemm<T> expand = {};
       mixed.fill(&expand, groups, pconv.u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
@@ -1163,6 +1169,7 @@ void block_as(const Block& args, const ParallelFor& parallel) {
       expand.c_stride = hidden_stride;
       expand.shift = true;
       expand.act = args.act;
+      expand.ahead = &ahead;
       Gemm<T> project = {};
       const T* const a[1] = {hidden};
       project.groups = hidden_groups;
@@ -1174,6 +1181,7 @@ void block_as(const Block& args, const ParallelFor& parallel) {
       project.c = sums;
       project.c_stride = sums_stride;
       project.c_in_stride = sums_stride;
+      project.ahead = &ahead;
       for (int64_t n = 0; n < w_pw1.n_padded; n += chunk) {
         expand.n_begin = n;
         expand.n_end = clip(n + chunk, w_pw1.n_padded);
