@@ -178,9 +178,6 @@ void act_pw_residual(const ActPwResidual& args, const ParallelFor& parallel) {
   kernels().act_pw_residual(args, parallel);
 }
 void act_pw_residual_backward(const ActPwResidualBackward& args, const ParallelFor& parallel) {
-  const bool wanted =
-      args.dz || args.dmean || args.dscale || args.dshift || args.dw_pw2 || args.dlayer_scale || args.dsample_scale;
-  if (!wanted) return;  // the kernel would compute the activation, for which it then has no scratch
   const TrimScratch at_end;
   kernels().act_pw_residual_backward(args, parallel);
 }

@@ -1085,7 +1085,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
           with_act(args.act, BnActBackwardTile<S, T, T>{da, hidden_stride, z_tile, args.z_pixel_stride, pixels, columns,
                                                         norm.at(b0), factors, dz_tile, c_hidden, a_tile, hidden_stride,
                                                         dscale + b0, dshift + b0});
-        } else {
+        } else if (need_products) {
           with_act(args.act, BnActTile<S, T, T, true>{z_tile, args.z_pixel_stride, pixels, columns, norm.at(b0), a,
                                                       hidden_stride});
         }
