@@ -4,6 +4,7 @@
 # All create .venv, install what is missing, and build. They need Python 3.10+, a C++17 compiler and make.
 #
 # make test-all   with the long tests          make test-cpp   csrc/ and its tests alone, without Python
+# make test-sanitize  the tests of csrc/ under the address and undefined-behaviour sanitizers; minutes to compile
 # make test-arm   csrc/ and its tests for AArch64 on an emulator (Debian packages g++-aarch64-linux-gnu, qemu-user)
 # make count-arm  the instructions of one FasterNet-T0 forward on AArch64, appended to bench/results/arm/
 # make cuda       csrc/cuda with nvcc, for what Triton cannot say; the rest works without
@@ -39,6 +40,7 @@ WORKERS = -n $(JOBS) --dist worksteal
 LINT_PACKAGES := ruff==0.17.6 clang-format==23.1.5
 
 CPP_BUILD := build/cpp
+SANITIZE_BUILD := build/sanitize
 JOBS := $(shell getconf _NPROCESSORS_ONLN)
 
 # The cross-compiler, the emulator, and where the emulated programs find their C library.
@@ -57,7 +59,7 @@ CPP_SOURCES = $(shell find csrc python -name '*.cpp' -o -name '*.h' -o -name '*.
 SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.toml
 
 .NOTPARALLEL:  # with -j, several pips would write to .venv at once; what builds and tests is parallel by itself
-.PHONY: demo test test-all test-cpp test-arm count-arm arm-tools bench cuda gpu docs lint format clean
+.PHONY: demo test test-all test-cpp test-sanitize test-arm count-arm arm-tools bench cuda gpu docs lint format clean
 
 demo: $(VENV)/stamp-build $(VENV)/stamp-demo
 	$(BIN)/fasternet-kernels demo $(ARGS)
@@ -72,6 +74,11 @@ test-cpp: $(VENV)/stamp-cmake
 	cmake -S . -B $(CPP_BUILD) -G Ninja -DCMAKE_BUILD_TYPE=Release -DFASTERNET_BUILD_TESTS=ON
 	cmake --build $(CPP_BUILD)
 	ctest --test-dir $(CPP_BUILD) --output-on-failure --no-tests=error --parallel $(JOBS)
+
+test-sanitize: $(VENV)/stamp-cmake
+	cmake -S . -B $(SANITIZE_BUILD) -G Ninja -DFASTERNET_BUILD_TESTS=ON -DFASTERNET_SANITIZE=address,undefined
+	cmake --build $(SANITIZE_BUILD)
+	ctest --test-dir $(SANITIZE_BUILD) --output-on-failure --no-tests=error --parallel $(JOBS)
 
 bench: $(VENV)/stamp-build $(VENV)/stamp-bench
 	$(BIN)/python -m bench $(ARGS)

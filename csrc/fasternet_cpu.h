@@ -8,8 +8,10 @@
 // Arithmetic is float for float and bfloat16 storage, double for double storage. Every output element is accumulated in
 // one fixed order of K, so results depend neither on the number of threads nor on the batch an image comes in.
 //
-// The library owns no threads: each call takes a ParallelFor. Scratch is kept per thread and reused between calls; a
-// buffer of more than 32 MB, which only head and network at large batches need, is freed when the call returns.
+// The library owns no threads: each call takes a ParallelFor. Scratch is kept per thread and reused, so that a call
+// like the one before allocates nothing. What large images and batches need is kept only for a while: a buffer of more
+// than 32 MB until a few calls in a row have needed less than half of it, one of more than 128 MB until the call
+// returns.
 #pragma once
 
 #include <cstddef>
@@ -72,9 +74,9 @@ void pack(const Weight& weight, void* packed);  // weight.dtype kFloat64 packs d
 
 // The fast tier: what an operator's `fast` allows in float32 (ignored for other dtypes), where it pays, and what it
 // reads behind the rest of its `packed`: PConv's weight for Winograd's F(2x4, 3x3). A PConv then multiplies a third as
-// often; its rounding error is 2 to 5 times the direct one's. An infinity or NaN in x may reach
-// neighbours two rows and four columns away, and an infinity come out as NaN; finite values, and all rules about bits,
-// are as always, but that sums of values near float's largest overflow sooner.
+// often; its rounding error is 2 to 5 times the direct one's in the L2 norm, the largest of an output up to 10 times.
+// An infinity or NaN in x may reach neighbours two rows and four columns away, and an infinity come out as NaN; finite
+// values, and all rules about bits, are as always, but that sums of values near float's largest overflow sooner.
 int64_t packed_fast_size(DType dtype, int64_t c_partial);  // 0: this PConv has no fast tier, and `fast` does nothing
 void pack_fast(const Weight& weight, void* packed);        // PConv's weight: (c_partial, c_partial, 3, 3)
 bool fast_tier_pays(int64_t c_partial, int64_t height, int64_t width);  // whether an operator on such images uses it
@@ -196,14 +198,17 @@ double fma_peak(double seconds, const ParallelFor& parallel);
 //   header   96 bytes   magic "FNETPLAN", u32 mark 0x01020304, u32 version, u64 bytes of the file, u32 dtype (DType),
 //                       u32 flags (kPlanSequence), u32 channels of the input, u32 n_steps, u32 n_outputs, u32 bytes of
 //                       the writer's name, 40 bytes of zeros, u32 zero, u32 CRC-32 (zlib's) of all bytes but these 4
-//   steps    64 each    u32 kind, u32 act, u32 flags (none is known yet), u32 zero, i64 a, b, c as in NetworkStep, u64
-//                       offset and u64 bytes of the packed weights in the file, u64 zero
+//   steps    64 each    u32 kind, u32 act, u32 flags (kPlanFast), u32 zero, i64 a, b, c as in NetworkStep, u64 offset
+//                       and u64 bytes of the packed weights in the file, u64 zero
 //   outputs  32 each    u32 1 for a head's (batch, channels), 0 for a feature map; u32 zero, i64 channels, i64 rows and
 //                       i64 columns of the input per row and column of the map, 0 for a head
 //   writer              UTF-8, then zeros up to a multiple of 64 bytes from the beginning of the file
 //   weights             each step's pack in the compute type
+//
+// A flag that a reader does not know is an error; so files without it stay readable for libraries older than the flag.
 constexpr uint32_t kPlanVersion = 1;
 constexpr uint32_t kPlanSequence = 1;  // the outputs are a sequence even where there is only one
+constexpr uint32_t kPlanFast = 1;      // of a block: the fast tier is allowed, and its weights end the pack
 
 struct PlanOutput {
   int64_t channels, row_stride, column_stride;  // strides are 0 for the (batch, channels) output of a head

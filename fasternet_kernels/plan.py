@@ -19,16 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from .accelerate import NetworkPlan, accelerate, network_of, report
-from .reference import EMIT, HEAD, PATCH_CONV
+from .reference import BLOCK, EMIT, HEAD, PATCH_CONV, has_fast_tier
 
-_MAGIC, _MARK, _VERSION, _SEQUENCE = b"FNETPLAN", 0x01020304, 1, 1
+_MAGIC, _MARK, _VERSION, _SEQUENCE, _FAST = b"FNETPLAN", 0x01020304, 1, 1, 1
 _HEADER = struct.Struct("=8sIIQIIIIII40xI")  # and the checksum
 _STEP, _OUTPUT = struct.Struct("=IIIIqqqQQQ"), struct.Struct("=IIqqq")
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _LINE = 64
 
 
-def export_plan(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def export_plan(model: nn.Module, path: str | os.PathLike[str], *, fast: bool = False) -> None:
     """Writes ``model``, as it is now, to a file for ``fasternet_runtime.load``.
 
     The file holds the layers with batch norms folded and weights packed, for images (B, C, H, W)
@@ -38,6 +38,10 @@ def export_plan(model: nn.Module, path: str | os.PathLike[str]) -> None:
         model: a FasterNet in eval mode, accelerated or not, with logits or feature maps as outputs;
             float32, float64 or bfloat16. It is not changed: a copy is accelerated.
         path: of the file, which is replaced if it exists.
+        fast: allow the fast tier, whatever ``model`` was accelerated with: Winograd's convolution
+            where it pays, in float32. A network's error against float64 stays below 2e-5
+            (relative, L2); an infinity or NaN may reach other pixels nearby. The file also holds
+            the weights for it, and libraries that know no fast tier in files refuse it.
 
     Raises:
         TypeError: ``model`` is no ``nn.Module``, or of another dtype.
@@ -51,18 +55,18 @@ def export_plan(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"model is in training mode ({training[0]}), expected eval mode: call model.eval()"
         )
-    plan = _plan_of(model)
+    plan = _plan_of(model, fast)
     if plan.dtype not in _DTYPES:
         raise TypeError(f"model is of {plan.dtype}, expected float32, float64 or bfloat16")
-    _write(path, _pieces(plan))
+    _write(path, _pieces(plan, fast))
 
 
-def _plan_of(model: nn.Module) -> NetworkPlan:
+def _plan_of(model: nn.Module, fast: bool) -> NetworkPlan:
     twin = copy.deepcopy(model).to("cpu")
     if any(m._forward_hooks or m._forward_pre_hooks for m in twin.modules()):
         raise ValueError("model has forward hooks, which a plan cannot call: remove them")
     with torch.no_grad(), torch.autocast("cpu", enabled=False):
-        network = network_of(accelerate(twin))
+        network = network_of(accelerate(twin, fast=fast))
         plan = None if network is None else network.plan()
     if plan is None:
         refused = [f"{row.path or '(model)'}: {row.reason}" for row in report(twin).refused]
@@ -91,7 +95,7 @@ def _outputs(plan: NetworkPlan) -> list[bytes]:
     return outputs
 
 
-def _pieces(plan: NetworkPlan) -> list:
+def _pieces(plan: NetworkPlan, fast: bool) -> list:
     """The file's contents, in order."""
     from . import __version__
 
@@ -107,7 +111,8 @@ def _pieces(plan: NetworkPlan) -> list:
             steps.append(_STEP.pack(kind, act, 0, 0, a, b, c, 0, 0, 0))
             continue
         data = memoryview(next(packs).detach().contiguous().numpy()).cast("B")
-        steps.append(_STEP.pack(kind, act, 0, 0, a, b, c, offset, len(data), 0))
+        allowed = _FAST if fast and kind == BLOCK and has_fast_tier(a, plan.dtype) else 0
+        steps.append(_STEP.pack(kind, act, allowed, 0, a, b, c, offset, len(data), 0))
         weights.append(data)  # packs are whole cache lines
         offset += len(data)
     flags = 0 if plan.collect is None else _SEQUENCE

@@ -247,12 +247,17 @@ _WINOGRAD_COLUMNS = (
 )
 
 
+def has_fast_tier(c_partial: int, dtype: torch.dtype) -> bool:
+    """Whether a pack may hold PConv's transformed weights: what the kernels use them for."""
+    return dtype == torch.float32 and c_partial >= 24 and c_partial % 8 == 0
+
+
 def packed_fast_size(weights: list[Tensor]) -> int:
     """Elements that ``pack(weights, ..., fast=True)`` adds: those of PConv's 24 transformed
-    weights in float32, for the numbers of channels for which the kernels use them."""
+    weights, where there is a fast tier."""
     c_partial, c_in = weights[0].shape[:2]
-    has_fast = weights[0].dtype == torch.float32 and c_partial >= 24 and c_partial % 8 == 0
-    if not (has_fast and c_in == c_partial and _starts_with_pconv([w.shape for w in weights])):
+    has_fast = c_in == c_partial and has_fast_tier(c_partial, weights[0].dtype)
+    if not (has_fast and _starts_with_pconv([w.shape for w in weights])):
         return 0
     return 24 * packed_size(c_partial, c_partial, torch.float32)
 

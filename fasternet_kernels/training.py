@@ -66,7 +66,10 @@ def _update_running_statistics(norm: nn.Module, mean: Tensor, m2: Tensor, pixels
     if norm.running_mean is None:
         return
     for running, batch in ((norm.running_mean, mean), (norm.running_var, m2 / (pixels - 1))):
-        running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
+        if running.dtype == batch.dtype and isinstance(factor, float):
+            running.mul_(1 - factor).add_(batch, alpha=factor)
+        else:
+            running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
 
 
 def _scale_and_shift(invstd: Tensor, weight: Tensor | None, bias: Tensor | None):

@@ -622,7 +622,7 @@ class LoadedPlan {
           break;
         case NetworkStep::Kind::kBlock:
           row["kind"] = "block", row["c_partial"] = step.a, row["c_hidden"] = step.b;
-          row["act"] = kActs[static_cast<int>(step.act)];
+          row["act"] = kActs[static_cast<int>(step.act)], row["fast"] = step.fast;
           break;
         case NetworkStep::Kind::kHead:
           row["kind"] = "head", row["c_mid"] = step.a, row["c_out"] = step.b;

@@ -1,12 +1,15 @@
 """README and docs/: every code block runs, every command exists, every link leads somewhere."""
 
+import importlib
 import re
 import shlex
 import types
 from pathlib import Path
 
+import fasternet_runtime
 import pytest
 
+import fasternet_kernels as fk
 from bench import zoo
 from bench.__main__ import _parser, specs
 from fasternet_kernels import cli
@@ -73,6 +76,22 @@ def test_commands_exist():
                 assert (ROOT / words[1]).exists()
             seen.update(words[:1])
     assert seen == set(PROGRAMS)
+
+
+def test_the_api_page_has_what_there_is():
+    """Each name it documents is where it says, every public function and class is there, and of
+    fasternet_runtime every name that it has."""
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    found = {}
+    for name in re.findall(r"^::: ([\w.]+)$", page, re.MULTILINE):
+        module, _, attribute = name.rpartition(".")
+        found[attribute] = getattr(importlib.import_module(module), attribute)
+        assert found[attribute].__doc__, name
+    public = {name: getattr(fk, name) for name in fk.__all__ if callable(getattr(fk, name))}
+    assert {name: found.get(name) for name in public} == public
+    of_runtime = page.partition("## fasternet_runtime")[2]
+    names = set(re.findall(r"`(\w+)(?:\([^`]*\))?`", of_runtime)) - {"help"}
+    assert names == {name for name in dir(fasternet_runtime) if not name.startswith("_")}
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

@@ -31,10 +31,10 @@ from fasternet_kernels.accelerate import network_of
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
 
-def small(features_only=False, **kwargs):
+def small(features_only=False, embed_dim=24, **kwargs):
     """FasterNet with all its parts, narrow."""
     return fk.models.FasterNet(
-        embed_dim=24,
+        embed_dim=embed_dim,
         depths=(1, 2),
         feature_dim=40,
         num_classes=11,
@@ -279,9 +279,9 @@ def as_array(t):
     return t.view(torch.uint16).numpy() if t.dtype == torch.bfloat16 else t.numpy()
 
 
-def export(tmp_path, plain, **kwargs):
+def export(tmp_path, plain, fast=False, **kwargs):
     path = tmp_path / "network.plan"
-    fk.export_plan(plain, path)
+    fk.export_plan(plain, path, fast=fast)
     return runtime.load(path, **kwargs)
 
 
@@ -339,19 +339,55 @@ def test_strides(tmp_path):
     assert np.array_equal(plan(constant), plan(np.ascontiguousarray(constant)))
 
 
-def test_export_of_an_accelerated_model(tmp_path):
-    """The same file, and the model stays as it is."""
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_fast_tier(tmp_path, dtype):
+    """The bits of the model accelerated so, in float32 and where maps are large enough others than
+    the default tier's, within the error that is promised."""
+    plain = model(dtype, partial(small, features_only=True, embed_dim=96))
+    plan, default = export(tmp_path, plain, fast=True, threads=2), fk.accelerate(plain)
+    fast = fk.accelerate(copy.deepcopy(plain), fast=True)
+    has_fast = dtype == torch.float32
+    assert {step["fast"] for step in plan.steps if step["kind"] == "block"} == {has_fast}
+    for shape, runs in (((2, 60, 68), True), ((1, 32, 48), False), ((0, 64, 64), False)):
+        x = image(*shape, dtype=dtype)
+        assert_same_bits(plan, fast, x)
+        with torch.no_grad():
+            same = [np.array_equal(a, as_array(b)) for a, b in zip(plan(as_array(x)), default(x))]
+            assert all(same) != (runs and has_fast)
+            if runs and has_fast:
+                exact = fk.restore(copy.deepcopy(plain)).double()(x.double())
+                for a, b in zip(plan(as_array(x)), exact):
+                    assert (torch.from_numpy(a) - b).norm() <= 2e-5 * b.norm()
+
+
+def test_a_fast_tier_that_no_block_has(tmp_path):
+    """It is allowed, and the file is the default tier's."""
     plain = model()
-    fast = fk.accelerate(copy.deepcopy(plain))
-    for name, m in (("plain", plain), ("fast", fast)):
+    for fast in (False, True):
+        fk.export_plan(plain, tmp_path / str(fast), fast=fast)
+    assert (tmp_path / "False").read_bytes() == (tmp_path / "True").read_bytes()
+
+
+@pytest.mark.parametrize("tier", [False, True], ids=["default", "fast"])
+def test_export_of_an_accelerated_model(tmp_path, tier):
+    """The same file whichever tier the model runs in, and the model stays as it is."""
+    plain = model(make=partial(small, embed_dim=96) if tier else small)
+    models = {
+        "plain": plain,
+        "default": fk.accelerate(copy.deepcopy(plain)),
+        "fast": fk.accelerate(copy.deepcopy(plain), fast=True),
+    }
+    for name, m in models.items():
+        if m is not plain:
+            runs_as_one_op(m)
         before, state = dict(vars(m)), copy.deepcopy(m.state_dict())
         types = [type(x) for x in m.modules()]
-        fk.export_plan(m, tmp_path / name)
+        fk.export_plan(m, tmp_path / name, fast=tier)
         assert vars(m) == before
         assert [type(x) for x in m.modules()] == types
         assert all(torch.equal(a, state[k]) for k, a in m.state_dict().items())
-    assert (tmp_path / "plain").read_bytes() == (tmp_path / "fast").read_bytes()
-    assert sorted(os.listdir(tmp_path)) == ["fast", "plain"]
+    assert len({(tmp_path / name).read_bytes() for name in models}) == 1
+    assert sorted(os.listdir(tmp_path)) == sorted(models)
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -374,7 +410,8 @@ def test_what_a_plan_says(tmp_path):
         *("patch_conv", "block", "block", "emit"),
     ]
     assert plan.steps[0] == {"kind": "patch_conv", "c_out": 24, "kh": 4, "kw": 4}
-    assert plan.steps[1] == {"kind": "block", "c_partial": 6, "c_hidden": 48, "act": "gelu"}
+    block = {"kind": "block", "c_partial": 6, "c_hidden": 48, "act": "gelu", "fast": False}
+    assert plan.steps[1] == block
     assert repr(plan) == (
         "<fasternet_runtime.Plan: bfloat16 (B, 3, H, W), 7 steps, 2 outputs, "
         f"written by fasternet_kernels {fk.__version__}>"
@@ -517,7 +554,9 @@ WRONG_FILES = {
     "writer": (patched(44, "=I", 2**32 - 1), "which cannot be"),
     "kind": (patched(STEP, "=I", 4), "step 0 is of an unknown kind"),
     "activation": (patched(STEP + 64 + 4, "=I", 6), "step 1 has an unknown activation"),
-    "flags of a step": (patched(STEP + 64 + 8, "=I", 1), "step 1 has flags"),
+    "flags of a step": (patched(STEP + 64 + 8, "=I", 2), "step 1 has flags"),
+    "no fast tier": (patched(STEP + 64 + 8, "=I", 1), "step 1 allows a fast tier that it does not"),
+    "no block": (patched(STEP + 8, "=I", 1), "step 0 allows a fast tier that it does not have"),
     "negative size": (patched(STEP + 16, "=q", -4), "step 0 has sizes that cannot be"),
     "huge size": (patched(STEP + 16, "=q", 2**62), "step 0 has sizes that cannot be"),
     "large size": (patched(STEP + 16, "=q", 2**24), "step 0 has its weights at"),

@@ -3,6 +3,9 @@
 #pragma once
 
 #include "fasternet_cpu.h"
+#ifdef FASTERNET_GUARD_SCRATCH
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace fasternet {
 
@@ -60,10 +63,22 @@ static inline bool winograd_pays(int64_t height, int64_t width) { return height 
 enum Slot { kSlotTile, kSlotShared, kSlotNetworkA, kSlotNetworkB, kSlotCount };
 void* scratch(Slot slot, int64_t bytes);
 
-// At its end, frees the buffers of the calling thread that are larger than kKeptBytes. For the operators whose scratch
-// grows with the batch: what one large call needed must not stay for the life of the thread, while small calls, where
-// an allocation shows, go on without any.
-constexpr int64_t kKeptBytes = int64_t{32} << 20;
+// The pieces that a buffer is cut into lie side by side, where the address sanitizer sees no end of any. Built for it,
+// a gap that may not be touched follows each, as does what a buffer has beyond what was asked for; and scratch comes
+// full of NaN, so that what is read before it is written shows in the result.
+#ifdef FASTERNET_GUARD_SCRATCH
+constexpr int64_t kScratchGap = 1024;
+static inline void forbid(const char* begin, const char* end) {
+  __asan_poison_memory_region(begin, static_cast<size_t>(end - begin));
+}
+#else
+constexpr int64_t kScratchGap = 0;
+static inline void forbid(const char*, const char*) {}
+#endif
+
+// At its end, frees the buffers of the calling thread that are out of proportion. For the operators whose scratch grows
+// with the batch: what one large call needed must not stay for the life of the thread, and yet a call like the one
+// before must not allocate. dispatch.cpp has the rule.
 struct TrimScratch {
   TrimScratch() = default;
   TrimScratch(const TrimScratch&) = delete;

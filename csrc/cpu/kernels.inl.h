@@ -333,6 +333,36 @@ struct Packed {
   const T* next() const { return data + packed_elements(n, k, sizeof(T)); }
 };
 
+// Memory that is used after a GEMM, such as the next tile's pixels: the micro-kernels fetch it into L2, a few cache
+// lines each. Left to the loops that read it, a tile's misses and its arithmetic would take turns.
+struct Ahead {
+  static constexpr int kMost = 6;
+  static constexpr int64_t kBytes = 256 << 10;  // more would drive out what is in use
+  struct {
+    const char *begin, *end;
+  } ranges[kMost];
+  int count = 0, next = 0;
+  int64_t bytes = 0;
+
+  // Pixels [pixel, pixel + pixels) of an image whose pixels are `stride` elements apart; null: nothing.
+  template <class S>
+  void add(const S* image, int64_t stride, int64_t pixel, int64_t pixels) {
+    const int64_t size = clip(pixels * stride * static_cast<int64_t>(sizeof(S)), kBytes - bytes);
+    if (!image || size <= 0 || count == kMost) return;
+    const char* const begin = reinterpret_cast<const char*>(image + pixel * stride);
+    ranges[count++] = {begin, begin + size};
+    bytes += size;
+  }
+  // Where the next `size` bytes are; null when all have been taken.
+  const char* take(int64_t size) {
+    while (next < count && ranges[next].begin >= ranges[next].end) ++next;
+    if (next == count) return nullptr;
+    const char* const begin = ranges[next].begin;
+    ranges[next].begin += size;
+    return begin;
+  }
+};
+
 template <class T>
 struct Gemm {
   const RowGroup<T>* groups;
@@ -354,6 +384,7 @@ struct Gemm {
   int64_t residual_stride;
   const T* next;       // the weights read after this, from the first panel on, or null
   int64_t next_panel;  // elements from panel to panel
+  Ahead* ahead;        // fetched before any weights, or null
   void then(const Packed<T>& w, int64_t column, int64_t k_begin) {
     next = w.panel(column) + k_begin * w.lanes(column);
     next_panel = w.panel_stride();
@@ -426,9 +457,12 @@ void gemm(const Gemm<T>& g) {
       }
       for (int64_t i = 0; i < g.n_groups; ++i) {
         const RowGroup<T>& group = g.groups[i];
-        m.prefetch = reinterpret_cast<const char*>(
-            panel < FASTERNET_PANELS ? next + panel * next_panel + part * lines * kWidth : m.b);
-        if (++part == per_panel) part = 0, ++panel;
+        m.prefetch = g.ahead ? g.ahead->take(lines * kPanelBytes) : nullptr;
+        if (!m.prefetch) {
+          m.prefetch = reinterpret_cast<const char*>(
+              panel < FASTERNET_PANELS ? next + panel * next_panel + part * lines * kWidth : m.b);
+          if (++part == per_panel) part = 0, ++panel;
+        }
         for (int s = 0; s < m.n_segments; ++s) {
           const T* const a = group.a[source[s]];
           m.a[s] = a ? a + offset[s] : nullptr;
@@ -526,7 +560,9 @@ struct Carver {
   template <class T>
   T* take(int64_t n) {
     T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used = round_up(used + n * static_cast<int64_t>(sizeof(T)), 64);
+    const int64_t end = used + n * static_cast<int64_t>(sizeof(T));
+    used = round_up(end, 64) + kScratchGap;
+    if (base) forbid(base + end, base + used);
     return piece;
   }
 };
@@ -719,7 +755,7 @@ struct WinogradTile {
     }
   }
 
-  // The PConv of tile t of x into u; `next` is the weight read after it.
+  // The PConv of tile t of x into u; `then` is the weight read after it.
   void run(const Image<T>& x, int64_t height, int64_t width, const Tiling::Tile& t, T* u, int64_t u_stride,
            const Packed<T>* next) const {
     constexpr int kWide = FASTERNET_VECTOR_BYTES, kNarrow = kHalfBytes;
@@ -795,9 +831,9 @@ struct PConvTile {
     groups = carver->take<RowGroup<T>>(tiling.max_groups());
   }
 
-  // The PConv of tile t of x into u; `next` is the weight read after it.
+  // The PConv of tile t of x into u; `then` is the weight read after it.
   void run(const Image<S>& x, int64_t height, int64_t width, const Tiling::Tile& t, int64_t total_rows,
-           const Packed<T>* then) {
+           const Packed<T>* then, Ahead* ahead = nullptr) {
     if constexpr (Same<S, float>::value) {
       if (winograd.packed) return winograd.run(x, height, width, t, u, u_stride, then);
     }
@@ -840,6 +876,7 @@ struct PConvTile {
     g.c = sums;
     g.c_stride = sums_stride;
     if (then) g.then(*then, 0, 0);
+    g.ahead = ahead;
     gemm(g);
     for (int64_t row = 0; row < t.row1 - t.row0; ++row) {
       add_columns(sums + row * columns * sums_stride, sums_stride, t.columns(), before, after, c_out,
@@ -1118,6 +1155,12 @@ void block_as(const Block& args, const ParallelFor& parallel) {
     for (int64_t i = begin; i < end; ++i) {
       const Tiling::Tile t = tiling.tile(i);
       const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+      Ahead ahead;
+      if (i + 1 < end) {
+        const int64_t after = tiling.tile(i + 1).pixels();
+        ahead.add(x.data, args.x_pixel_stride, pixel + pixels, after);
+        ahead.add(y, args.y_pixel_stride, pixel + pixels, after);
+      }
       pconv.run(x, args.height, args.width, t, total_rows, &w_pw1);
       Gemm<T> expand = {};
       mixed.fill(&expand, groups, pconv.u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
@@ -1126,6 +1169,7 @@ void block_as(const Block& args, const ParallelFor& parallel) {
       expand.c_stride = hidden_stride;
       expand.shift = true;
       expand.act = args.act;
+      expand.ahead = &ahead;
       Gemm<T> project = {};
       const T* const a[1] = {hidden};
       project.groups = hidden_groups;
@@ -1137,6 +1181,7 @@ void block_as(const Block& args, const ParallelFor& parallel) {
       project.c = sums;
       project.c_stride = sums_stride;
       project.c_in_stride = sums_stride;
+      project.ahead = &ahead;
       for (int64_t n = 0; n < w_pw1.n_padded; n += chunk) {
         expand.n_begin = n;
         expand.n_end = clip(n + chunk, w_pw1.n_padded);
@@ -1194,6 +1239,24 @@ void load_patch_rows(const S* source, const Image<S>& x, int64_t columns, int64_
   }
 }
 
+// The patches of tile t of the output as rows of (kernel row, kernel column, channel), `stride` elements apart.
+template <class S, class T>
+void load_patches(const Image<S>& x, const Tiling::Tile& t, int64_t out_height, int64_t kh, int64_t kw,
+                  int64_t channels, int64_t stride, T* patches) {
+  const bool stem = kw == 4 && channels == 3;
+  for (int64_t row = t.row0; row < t.row1; ++row, patches += t.columns() * stride) {
+    for (int64_t dy = 0; dy < kh; ++dy) {
+      const S* const source = x.at(row / out_height, row % out_height * kh + dy, t.column0 * kw);
+      T* const first = patches + dy * kw * channels;
+      if (stem) {
+        load_patch_rows<4, 3>(source, x, t.columns(), 4, 3, stride, first);
+      } else {
+        load_patch_rows<0, 0>(source, x, t.columns(), kw, channels, stride, first);
+      }
+    }
+  }
+}
+
 // finish(i) follows when tile i of y is written, with the tile still in the caches.
 template <class S, class T, class F>
 void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, const ParallelFor& parallel, const F& finish) {
@@ -1221,6 +1284,16 @@ void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, const Paralle
       const int64_t pixels = t.pixels(), columns = t.columns();
       Gemm<T> g = {};
       g.groups = groups;
+      Ahead ahead;
+      if (i + 1 < end) {
+        const Tiling::Tile next = tiling.tile(i + 1);
+        if (in_runs && next.columns() == out_width) {
+          ahead.add(x.at(next.row0 / out_height, next.row0 % out_height * args.kh, 0), args.channels, 0,
+                    (next.row1 - next.row0) * args.kh * args.width);
+        }
+        ahead.add(static_cast<const S*>(args.y), args.y_pixel_stride, next.pixel(out_width), next.pixels());
+      }
+      g.ahead = &ahead;
       if constexpr (Same<S, T>::value) {
         if (in_runs) {
           g.n_segments = static_cast<int>(args.kh);
@@ -1236,18 +1309,7 @@ void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, const Paralle
         }
       }
       if (!in_runs) {
-        const bool stem = args.kw == 4 && args.channels == 3;
-        for (int64_t row = t.row0; row < t.row1; ++row) {
-          for (int64_t dy = 0; dy < args.kh; ++dy) {
-            const S* source = x.at(row / out_height, row % out_height * args.kh + dy, t.column0 * args.kw);
-            T* const first = patches + (row - t.row0) * columns * depth + dy * run;
-            if (stem) {
-              load_patch_rows<4, 3>(source, x, columns, 4, 3, depth, first);
-            } else {
-              load_patch_rows<0, 0>(source, x, columns, args.kw, args.channels, depth, first);
-            }
-          }
-        }
+        load_patches(x, t, out_height, args.kh, args.kw, args.channels, depth, patches);
         g.n_segments = 1;
         g.segment_k[0] = g.segment_stride[0] = depth;
         const T* const a[1] = {patches};

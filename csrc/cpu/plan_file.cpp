@@ -227,16 +227,19 @@ Plan::Plan(const std::string& path) {
     const auto step = record_at<StepRecord>(data.get(), sizeof(Header) + uint64_t{i} * sizeof(StepRecord));
     if (step.kind > static_cast<uint32_t>(Kind::kEmit)) file.refuse(at_step(i, "is of an unknown kind"));
     if (step.act > static_cast<uint32_t>(Act::kHardswish)) file.refuse(at_step(i, "has an unknown activation"));
-    if (step.flags != 0 || step.zero != 0 || step.zero2 != 0) {
+    if ((step.flags & ~kPlanFast) != 0 || step.zero != 0 || step.zero2 != 0) {
       file.refuse(at_step(i, "has flags that this library does not know"));
     }
     const Kind kind = static_cast<Kind>(step.kind);
     const bool emits = kind == Kind::kEmit, patch = kind == Kind::kPatchConv;
+    const bool fast = (step.flags & kPlanFast) != 0;
     const auto within = [](int64_t value, int64_t most) { return value >= 1 && value <= most; };
     const bool fits = emits   ? step.a == 0 && step.b == 0 && step.c == 0
                       : patch ? within(step.a, kMaxChannels) && within(step.b, kMaxPatch) && within(step.c, kMaxPatch)
                               : within(step.a, kMaxChannels) && within(step.b, kMaxChannels) && step.c == 0;
     if (!fits) file.refuse(at_step(i, "has sizes that cannot be"));
+    const int64_t fast_size = fast && kind == Kind::kBlock ? packed_fast_size(dtype_, step.a) : 0;
+    if (fast && fast_size == 0) file.refuse(at_step(i, "allows a fast tier that it does not have"));
     const int64_t limit = static_cast<int64_t>(size);
     int64_t bytes = 0;
     switch (kind) {
@@ -251,6 +254,7 @@ Plan::Plan(const std::string& path) {
       case Kind::kBlock:
         if (step.a > now.channels) file.refuse(at_step(i, "convolves more channels than there are"));
         bytes = pack_bytes(dtype_, limit, {{3 * step.a, 3 * step.a}, {step.b, now.channels}, {now.channels, step.b}});
+        if (bytes >= 0) bytes += fast_size * static_cast<int64_t>(sizeof(float));  // no other type has one
         break;
       case Kind::kHead:
         bytes = pack_bytes(dtype_, limit, {{step.a, now.channels}, {step.b, step.a}});
@@ -267,7 +271,7 @@ Plan::Plan(const std::string& path) {
                                  " at a multiple of 64 within the file's " + std::to_string(size)));
     }
     steps_.push_back({kind, step.a, step.b, step.c, static_cast<Act>(step.act),
-                      emits ? nullptr : static_cast<const void*>(data.get() + step.offset)});
+                      emits ? nullptr : static_cast<const void*>(data.get() + step.offset), fast});
   }
   for (uint32_t i = 0; i < header.n_outputs; ++i) {
     const auto output = record_at<OutputRecord>(data.get(), outputs_at + uint64_t{i} * sizeof(OutputRecord));

@@ -557,10 +557,11 @@ void pack_conv3x3(const S* w, int64_t c_partial, bool transposed, int64_t n0, in
 }
 // ---- Products along pixels ------------------------------------------------------------------------------------------
 
-// c[kRows][kVecs vectors] (+)= sum over pixels of a[pixel][row] * b[pixel][column].
+// c[kRows][kVecs vectors] (+)= sum over pixels of a[pixel][row] * b[pixel][column]. Each pixel fetches a cache line
+// from `prefetch` on, `prefetch_step` bytes apart.
 template <class T, int kRows, int kVecs>
-void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t pixels, bool add, T* c,
-           int64_t c_stride) {
+void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t pixels, bool add, T* c, int64_t c_stride,
+           const char* prefetch, int64_t prefetch_step) {
   using V = typename VecOf<T, FASTERNET_VECTOR_BYTES>::type;
   constexpr int kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
   V acc[kRows][kVecs];
@@ -569,7 +570,8 @@ void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t p
     FASTERNET_UNROLL
     for (int j = 0; j < kVecs; ++j) acc[r][j] = V{};
   }
-  for (int64_t p = 0; p < pixels; ++p, a += a_stride, b += b_stride) {
+  for (int64_t p = 0; p < pixels; ++p, a += a_stride, b += b_stride, prefetch += prefetch_step) {
+    __builtin_prefetch(prefetch, 0, 2);
     V w[kVecs];
     FASTERNET_UNROLL
     for (int j = 0; j < kVecs; ++j) w[j] = load<V>(b + j * kLanes);
@@ -596,7 +598,7 @@ constexpr int kOuterRows = FASTERNET_VECTOR_BYTES == 64 ? 12 : 6;
 template <class T, int kVecs>
 struct OuterTable {
   static constexpr int kMost = kVecs == 3 ? kOuterRows * 2 / 3 : kOuterRows;
-  using Function = void (*)(const T*, int64_t, const T*, int64_t, int64_t, bool, T*, int64_t);
+  using Function = void (*)(const T*, int64_t, const T*, int64_t, int64_t, bool, T*, int64_t, const char*, int64_t);
   Function rows[kMost + 1];
   constexpr OuterTable() : rows() { fill<1>(); }
   template <int kRows>
@@ -608,12 +610,14 @@ struct OuterTable {
 template <class T, int kVecs>
 constexpr OuterTable<T, kVecs> kOuter{};
 
-// c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], kOuterDepth pixels at a time, which keeps the rounding
-// error of many pixels near that of a few. Rows of b are readable to whole vectors.
-constexpr int64_t kOuterDepth = 32;
+// c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], at most kOuterDepth pixels at a time, which keeps the
+// rounding error of many pixels near that of a few. Rows of b are readable to whole vectors. While it runs it fetches
+// what lies ahead.
+constexpr int64_t kOuterDepth = 48;
+constexpr int64_t kShortRow = 24;  // pixels that are too few for reading and writing c
 template <class T>
 void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t pixels,
-                  bool add, T* c, int64_t c_stride) {
+                  bool add, T* c, int64_t c_stride, Ahead* ahead = nullptr) {
   constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
   for (int64_t j = 0; j < n;) {
     const int64_t vectors = ceil_div(n - j, kLanes);
@@ -632,8 +636,10 @@ void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b
       }
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t p0 = pass * pixels / passes, p1 = (pass + 1) * pixels / passes;
+        const char* const fetch = ahead ? ahead->take((p1 - p0) * kPanelBytes) : nullptr;
         table[rows](a + row + p0 * a_stride, a_stride, b + j + p0 * b_stride, b_stride, p1 - p0, pass > 0 || add,
-                    whole ? to : tile, whole ? c_stride : width);
+                    whole ? to : tile, whole ? c_stride : width, fetch ? fetch : reinterpret_cast<const char*>(b),
+                    fetch ? kPanelBytes : 0);
       }
       for (int64_t r = 0; !whole && r < rows; ++r) {
         for (int64_t k = 0; k < n - j; ++k) to[r * c_stride + k] = tile[r * width + k];
@@ -815,7 +821,13 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
       for (int64_t i = tile0; i < tile1; ++i) {
         const Tiling::Tile t = tiling.tile(i);
         const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-        if (fused) pconv.run(x, extent.height, extent.width, t, extent.rows, &part);
+        Ahead ahead;
+        if (i + 1 < tile1) {
+          const int64_t after = tiling.tile(i + 1).pixels();
+          ahead.add(x.data, args.x_pixel_stride, pixel + pixels, after);
+          ahead.add(z, c_out, pixel + pixels, after);
+        }
+        if (fused) pconv.run(x, extent.height, extent.width, t, extent.rows, &part, &ahead);
         const T* const u = fused ? pconv.u : u_all + pixel * u_stride;
         Gemm<T> g = {};
         mixed.fill(&g, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
@@ -823,6 +835,7 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
         g.n_end = part.n_padded;
         g.c = out;
         g.c_stride = part.n_padded;
+        g.ahead = &ahead;
         S* const z_tile = z + pixel * c_out + b0;
         bool direct = false;
         if constexpr (Same<S, T>::value) {
@@ -911,6 +924,13 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
         const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
         const R* const from = residual + pixel * args.residual_pixel_stride + b0;
         R* const to = y + pixel * channels + b0;
+        Ahead ahead;
+        if (i + 1 < tile1) {
+          const int64_t after = tiling.tile(i + 1).pixels();
+          ahead.add(fused ? z : nullptr, args.z_pixel_stride, pixel + pixels, after);
+          ahead.add(residual, args.residual_pixel_stride, pixel + pixels, after);
+          ahead.add(y, channels, pixel + pixels, after);
+        }
         Gemm<T> g = {};
         g.groups = groups;
         g.n_segments = 1;
@@ -920,6 +940,7 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
         g.c = sums;
         g.c_stride = part.n_padded;
         g.c_in_stride = part.n_padded;
+        g.ahead = &ahead;
         for (int64_t k = 0; k < c_hidden; k += chunk) {
           const int64_t depth = clip(chunk, c_hidden - k);
           if (fused) {
@@ -1024,6 +1045,13 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
         const S* const z_tile = z + pixel * args.z_pixel_stride + b0;
         S* const dz_tile = dz ? dz + pixel * c_hidden + b0 : nullptr;
         T* const a_tile = need_products || need_sample ? a : nullptr;
+        Ahead ahead;
+        if (i + 1 < chunks.begin(chunk + 1)) {
+          const int64_t after = tiling.tile(i + 1).pixels();
+          ahead.add(grad, args.grad_pixel_stride, pixel + pixels, after);
+          ahead.add(z, args.z_pixel_stride, pixel + pixels, after);
+          ahead.add(dz, c_hidden, pixel + pixels, after);
+        }
         if (!w) {
           with_act(args.act, BnActBackwardTile<S, S, T>{grad_tile + b0, args.grad_pixel_stride, z_tile,
                                                         args.z_pixel_stride, pixels, columns, norm.at(b0), nullptr,
@@ -1052,11 +1080,12 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
           g.n_end = part.n_padded;
           g.c = da;
           g.c_stride = hidden_stride;
+          g.ahead = &ahead;
           gemm(g);
           with_act(args.act, BnActBackwardTile<S, T, T>{da, hidden_stride, z_tile, args.z_pixel_stride, pixels, columns,
                                                         norm.at(b0), factors, dz_tile, c_hidden, a_tile, hidden_stride,
                                                         dscale + b0, dshift + b0});
-        } else {
+        } else if (need_products) {
           with_act(args.act, BnActTile<S, T, T, true>{z_tile, args.z_pixel_stride, pixels, columns, norm.at(b0), a,
                                                       hidden_stride});
         }
@@ -1085,7 +1114,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
           }
           if (!copied) copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, factors, g_rows, g_stride);
           add_products<T>(g, row_stride, channels, a, hidden_stride, round_up(columns, panel_width<T>()), pixels,
-                          i > chunks.begin(chunk), product, stride);
+                          i > chunks.begin(chunk), product, stride, &ahead);
         }
       }
       for (int64_t c = 0; dw && direct && c < channels; ++c) {
@@ -1185,7 +1214,7 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
   if (args.dweight) {
     // In the padded rows of x the patches of neighbouring pixels overlap: one kernel row of a patch is 3 c_partial
     // values in a row, the next pixel's begin c_partial further on. Short rows are copied into one run of pixels.
-    const bool copied = tiling.max_columns() < kOuterDepth * 3 / 4;
+    const bool copied = tiling.max_columns() < kShortRow;
     const int64_t patch_stride = row_pitch<T>(3 * c_partial);
     share_chunks(parallel, chunks, c_partial, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
       T *padded, *patches;
@@ -1308,7 +1337,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   // sums (+)= dz * w for columns [k, k + depth) of dz, chunk by chunk of hidden channels.
   const int64_t hidden_chunk = chunk_width<T>(c_out, kHiddenChunk);
   const auto add_du = [](const T* dz, int64_t dz_stride, int64_t pixels, const Packed<T>& w, int64_t k, int64_t depth,
-                         RowGroup<T>* groups, T* sums) {
+                         RowGroup<T>* groups, T* sums, Ahead* ahead) {
     Gemm<T> g = {};
     g.groups = groups;
     g.n_groups = add_groups<T>(groups, 0, pixels, 1, &dz, &dz_stride);
@@ -1322,7 +1351,23 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     g.c_in_stride = w.n_padded;
     g.c = sums;
     g.c_stride = w.n_padded;
+    g.ahead = ahead;
     gemm(g);
+  };
+  // What the tile after tile i touches.
+  const auto ahead_of = [&](int64_t i, int64_t end) {
+    Ahead ahead;
+    if (i + 1 < end) {
+      const Tiling::Tile t = tiling.tile(i + 1);
+      const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+      ahead.add(total.dz, total.dz_stride, pixel, pixels);
+      ahead.add(total.z, total.z_stride, pixel, pixels);
+      ahead.add(fused ? x.data : nullptr, args.x_pixel_stride, pixel, pixels);
+      ahead.add(dx ? dy : nullptr, args.dy_pixel_stride, pixel, pixels);
+      ahead.add(dx, channels, pixel, pixels);
+      ahead.add(du, du_stride, pixel, pixels);
+    }
+    return ahead;
   };
 
   if (fused) {
@@ -1352,15 +1397,16 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
         for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
           const Tiling::Tile t = tiling.tile(i);
           const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+          Ahead ahead = ahead_of(i, chunks.begin(chunk + 1));
           total.tile(pixel, pixels, 0, c_out, dz, dz_stride);
           for (int64_t k = 0; k < c_out; k += hidden_chunk) {
-            add_du(dz + k, dz_stride, pixels, pw, k, clip(hidden_chunk, c_out - k), groups, sums);
+            add_du(dz + k, dz_stride, pixels, pw, k, clip(hidden_chunk, c_out - k), groups, sums, &ahead);
           }
           store_du(pixel, pixels, 0, n_du, sums, pw.n_padded);
-          pconv.run(x, extent.height, extent.width, t, extent.rows, nullptr);
+          pconv.run(x, extent.height, extent.width, t, extent.rows, nullptr, &ahead);
           load_u(pixel, pixels, pconv.u, rows);
           add_products<T>(dz, dz_stride, c_out, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
-                          i > chunks.begin(chunk), pw_products + chunk * c_out * all_stride, all_stride);
+                          i > chunks.begin(chunk), pw_products + chunk * c_out * all_stride, all_stride, &ahead);
         }
       }
     });
@@ -1384,10 +1430,11 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
         for (int64_t i = tile0; i < tile1; ++i) {
           const Tiling::Tile t = tiling.tile(i);
           const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+          Ahead ahead = ahead_of(i, tile1);
           for (int64_t k = 0; k < c_out; k += hidden_chunk) {
             const int64_t depth = clip(hidden_chunk, c_out - k);
             total.tile(pixel, pixels, k, depth, dz, dz_stride);
-            add_du(dz, dz_stride, pixels, part, k, depth, groups, sums);
+            add_du(dz, dz_stride, pixels, part, k, depth, groups, sums, &ahead);
           }
           store_du(pixel, pixels, b0, b1, sums, part.n_padded);
         }
@@ -1586,6 +1633,19 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
           g.n_end = part.n_padded;
           g.c = sums;
           g.c_stride = part.n_padded;
+          Ahead ahead;
+          if (i + 1 < tile1) {
+            const Tiling::Tile next = tiling.tile(i + 1);
+            ahead.add(total.dz, total.dz_stride, next.pixel(out_width), next.pixels());
+            ahead.add(total.z, total.z_stride, next.pixel(out_width), next.pixels());
+            if (next.columns() == out_width) {
+              ahead.add(
+                  dx, channels,
+                  next.row0 / out_height * args.height * args.width + next.row0 % out_height * args.kh * args.width,
+                  (next.row1 - next.row0) * args.kh * args.width);
+            }
+          }
+          g.ahead = &ahead;
           gemm(g);
           const T* sum = sums;
           for (int64_t row = t.row0; row < t.row1; ++row) {
@@ -1624,26 +1684,32 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
           for (int64_t n = n0; n < n1; ++n) dshift[n] += g_rows[p * g_stride + n - n0];
         }
         if (!need_products) continue;
-        T* patch = patches;
-        for (int64_t row = t.row0; row < t.row1; ++row) {
-          for (int64_t column = t.column0; column < t.column1; ++column, patch += patch_stride) {
-            for (int64_t dy = 0; dy < args.kh; ++dy) {
-              const S* const from = x.at(row / out_height, row % out_height * args.kh + dy, column * args.kw);
-              T* const to = patch + dy * run;
-              if (in_runs) {
-                combine<T>(from, static_cast<const T*>(nullptr), to, run);
-                continue;
-              }
-              for (int64_t c = 0; c < channels; ++c) {
-                for (int64_t tap = 0; tap < args.kw; ++tap) {
-                  to[tap * channels + c] = to_compute(from[c * x.channel_stride + tap * x.pixel_stride]);
-                }
+        Ahead ahead;
+        if (i + 1 < chunks.begin(chunk + 1)) {
+          const Tiling::Tile next = tiling.tile(i + 1);
+          ahead.add(total.dz, total.dz_stride, next.pixel(out_width), next.pixels());
+          ahead.add(total.z, total.z_stride, next.pixel(out_width), next.pixels());
+          if (in_runs && next.columns() == out_width) {
+            ahead.add(x.at(next.row0 / out_height, next.row0 % out_height * args.kh, 0), channels, 0,
+                      (next.row1 - next.row0) * args.kh * args.width);
+          }
+        }
+        if (in_runs) {
+          T* patch = patches;
+          for (int64_t row = t.row0; row < t.row1; ++row) {
+            for (int64_t column = t.column0; column < t.column1; ++column, patch += patch_stride) {
+              for (int64_t dy = 0; dy < args.kh; ++dy) {
+                combine<T>(x.at(row / out_height, row % out_height * args.kh + dy, column * args.kw),
+                           static_cast<const T*>(nullptr), patch + dy * run, run);
               }
             }
           }
+        } else {
+          load_patches(x, t, out_height, args.kh, args.kw, channels, patch_stride, patches);
         }
         add_products<T>(g_rows, g_stride, n1 - n0, patches, patch_stride, product_stride, t.pixels(),
-                        i > chunks.begin(chunk), products + (chunk * c_out + n0) * product_stride, product_stride);
+                        i > chunks.begin(chunk), products + (chunk * c_out + n0) * product_stride, product_stride,
+                        &ahead);
       }
     });
   }

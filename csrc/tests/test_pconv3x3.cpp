@@ -6,8 +6,8 @@ namespace {
 using namespace testing;
 
 template <class T>
-void pconv3x3(const Tensor<T>& x, Tensor<T>* y, const Packed<T>& packed, int64_t c_partial,
-              const ParallelFor& parallel) {
+void pconv3x3(const Tensor<T>& x, Tensor<T>* y, const Packed<T>& packed, int64_t c_partial, const ParallelFor& parallel,
+              bool fast = false) {
   fasternet::PConv3x3 args;
   args.dtype = Storage<T>::kDType;
   args.batch = x.shape().batch, args.channels = x.shape().channels;
@@ -17,6 +17,7 @@ void pconv3x3(const Tensor<T>& x, Tensor<T>* y, const Packed<T>& packed, int64_t
   args.y = y->data();
   std::copy_n(y->stride(), 4, args.y_stride);
   args.packed = packed.data();
+  args.fast = fast;
   fasternet::pconv3x3(args, parallel);
 }
 
@@ -123,6 +124,86 @@ void test_type() {
   }
 }
 
+// The fast tier: within its own bound, by all rules about bits, where fasternet_cpu.h says that it runs and nowhere
+// else.
+template <class T>
+void test_fast_case(const Case& c) {
+  const std::string name = name_of<T>(c) + " fast";
+  const auto filter = Filter<T>::random(2, c.c_partial, c.c_partial, 3, 3, false, false);
+  const Packed<T> packed({&filter}, First::kFastPConv);
+  Tensor<T> x(c.shape, c.x_layout, c.x_slice), fast(c.shape, c.y_layout, c.y_slice);
+  x.fill(1);
+  Tensor<T> direct = fast.blank();
+  pconv3x3(x, &direct, packed, c.c_partial, fasternet::serial());
+  check_properties(name, x, &fast, [&](const Tensor<T>& in, Tensor<T>* out, const ParallelFor& parallel, int64_t) {
+    pconv3x3(in, out, packed, c.c_partial, parallel, true);
+  });
+  Tensor<T> in_place = x;  // never fast
+  pconv3x3(in_place, &in_place, packed, c.c_partial, fasternet::serial(), true);
+  Tensor<T> expected = x;
+  expected.assign(direct);
+  check(in_place.same_bits(expected), name, "in place is not the default tier");
+
+  const bool runs = std::is_same<T, float>::value && c.shape.batch > 0 && c.x_layout == Layout::kChannelsLast &&
+                    fasternet::fast_tier_pays(c.c_partial, c.shape.height, c.shape.width);
+  check(fast.same_bits(direct) != runs, name, "runs in the other tier");
+  if constexpr (std::is_same<T, float>::value) {
+    check_fast_close(name, fast, direct, partial_conv<Exact>(x.template dense<double>(), c.shape, filter));
+  }
+}
+
+// A NaN or an infinity reaches at most two rows and four columns away, and leaves the bits of all else.
+void test_fast_non_finite() {
+  const int64_t c_partial = 24;
+  const Shape shape = {2, 15, 22, 40};
+  const auto filter = Filter<float>::random(4, c_partial, c_partial, 3, 3, false, false);
+  const Packed<float> packed({&filter}, First::kFastPConv);
+  const auto run = [&](const Tensor<float>& x) {
+    Tensor<float> y(shape);
+    pconv3x3(x, &y, packed, c_partial, fasternet::serial(), true);
+    return y;
+  };
+  Tensor<float> x(shape);
+  x.fill(3);
+  const Tensor<float> finite = run(x);
+  for (float special : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+    for (int64_t pixel = 0; pixel < shape.height * shape.width; ++pixel) {
+      const int64_t row = pixel / shape.width, column = pixel % shape.width;
+      Tensor<float> with = x;
+      with.at(1, row, column, 5) = special;
+      Tensor<float> y = run(with);
+      bool reached = true;  // the pixels that it must reach
+      for (int64_t h = std::max<int64_t>(row - 2, 0); h <= std::min(row + 2, shape.height - 1); ++h) {
+        for (int64_t w = std::max<int64_t>(column - 4, 0); w <= std::min(column + 4, shape.width - 1); ++w) {
+          const bool neighbour = std::abs(h - row) <= 1 && std::abs(w - column) <= 1;
+          for (int64_t c = 0; c < c_partial; ++c) {
+            reached = reached && (!neighbour || !std::isfinite(y.at(1, h, w, c)));
+            y.at(1, h, w, c) = finite.at(1, h, w, c);
+          }
+        }
+      }
+      const std::string name = "pconv3x3 fast with " + std::to_string(special) + " in pixel " + std::to_string(pixel);
+      check(reached, name, "a neighbour is finite");
+      check(y.same_bits(finite), name, "reaches further than two rows and four columns");
+    }
+  }
+}
+
+void test_fast() {
+  const Layout last = Layout::kChannelsLast, first = Layout::kChannelsFirst;
+  for (int64_t c_partial : {8, 24, 32, 36, 40, 96}) {  // 8 and 36 have no fast tier
+    for (const Shape& shape : fast_shapes(c_partial + 5)) {
+      test_fast_case<float>({shape, c_partial, last, last, {}, {}});
+      test_fast_case<float>({shape, c_partial, last, first, {3, shape.channels + 5}, {1, shape.channels + 2}});
+    }
+  }
+  test_fast_case<float>({{1, 14, 14, 24}, 24, last, last, {}, {}});  // all channels
+  test_fast_case<float>({{1, 14, 14, 30}, 24, first, last, {}, {}});
+  test_fast_case<double>({{1, 14, 14, 30}, 24, last, last, {}, {}});
+  test_fast_case<BFloat16>({{1, 14, 14, 30}, 24, last, last, {}, {}});
+  test_fast_non_finite();
+}
+
 }  // namespace
 
 int main() {
@@ -130,5 +211,6 @@ int main() {
     test_type<float>();
     test_type<double>();
     test_type<BFloat16>();
+    test_fast();
   });
 }

@@ -11,6 +11,7 @@ struct Case {
   Act act = Act::kRelu;
   bool with_scale = true, with_shift = true;
   Slice x_slice = {}, y_slice = {};
+  bool fast = false;  // the tier; the pack allows both
 };
 
 template <class T>
@@ -18,7 +19,7 @@ std::string name_of(const Case& c) {
   return std::string("pconv_pw ") + Storage<T>::kName + " " + c.shape.str() + " c_partial " +
          std::to_string(c.c_partial) + " c_out " + std::to_string(c.c_out) + " " + act_name(c.act) +
          (c.with_scale ? " scale" : "") + (c.with_shift ? " shift" : "") +
-         (c.x_slice.stored > 0 ? " of a wider x" : "");
+         (c.x_slice.stored > 0 ? " of a wider x" : "") + (c.fast ? " fast" : "");
 }
 
 template <class T>
@@ -27,7 +28,7 @@ struct Operation {
       : c(c),
         partial(Filter<T>::random(2, c.c_partial, c.c_partial, 3, 3, false, false)),
         pw(Filter<T>::random(3, c.c_out, c.shape.channels, 1, 1, c.with_scale, c.with_shift)),
-        packed({&partial, &pw}, First::kPConv) {}
+        packed({&partial, &pw}, c.fast ? First::kFastPConv : First::kPConv) {}
 
   void operator()(const Tensor<T>& x, Tensor<T>* y, const ParallelFor& parallel, int64_t = 0) const {
     fasternet::PConvPw args;
@@ -37,7 +38,7 @@ struct Operation {
     args.c_partial = c.c_partial, args.c_out = c.c_out;
     args.x = x.data(), args.x_pixel_stride = x.pixel_stride();
     args.y = y->data(), args.y_pixel_stride = y->pixel_stride();
-    args.packed = packed.data(), args.act = c.act;
+    args.packed = packed.data(), args.act = c.act, args.fast = c.fast;
     fasternet::pconv_pw(args, parallel);
   }
 
@@ -118,6 +119,37 @@ void test_type() {
   test_non_finite<T>({{1, 5, 7, 300}, 75, 17, Act::kIdentity, true, true, {2, 305}});
 }
 
+// The fast tier: within the bound that fasternet_cpu.h gives, by all rules about bits, where it says that it runs.
+template <class T>
+void test_fast_case(Case c) {
+  Tensor<T> x(c.shape, Layout::kChannelsLast, c.x_slice), fast(output_shape(c), Layout::kChannelsLast, c.y_slice);
+  x.fill(1);
+  Tensor<T> direct = fast.blank();
+  const Operation<T> default_tier(c);
+  default_tier(x, &direct, fasternet::serial());
+  c.fast = true;
+  const Operation<T> operation(c);
+  check_properties(name_of<T>(c), x, &fast, operation);
+  const bool runs = std::is_same<T, float>::value && c.shape.batch > 0 &&
+                    fasternet::fast_tier_pays(c.c_partial, c.shape.height, c.shape.width);
+  check(fast.same_bits(direct) != runs, name_of<T>(c), "runs in the other tier");
+  if constexpr (std::is_same<T, float>::value) {
+    check_fast_close(name_of<T>(c), fast, direct, operation.template expected<Exact>(x));
+  }
+}
+
+void test_fast() {
+  for (int64_t c_partial : {8, 24, 32, 36, 40}) {  // 8 and 36 have no fast tier
+    for (const Shape& shape : fast_shapes(c_partial + 21)) {
+      test_fast_case<float>({shape, c_partial, 33});
+      test_fast_case<float>({shape, c_partial, 40, Act::kGelu, true, true, {3, shape.channels + 5}, {1, 43}});
+    }
+  }
+  test_fast_case<float>({{1, 14, 14, 24}, 24, 24, Act::kIdentity, false, false});  // all channels
+  test_fast_case<double>({{1, 14, 14, 96}, 24, 40});
+  test_fast_case<BFloat16>({{1, 14, 14, 96}, 24, 40});
+}
+
 }  // namespace
 
 int main() {
@@ -125,5 +157,6 @@ int main() {
     test_type<float>();
     test_type<double>();
     test_type<BFloat16>();
+    test_fast();
   });
 }

@@ -38,20 +38,23 @@ void seal(std::string* file) {
   std::memcpy(&(*file)[kCrcAt], &crc, sizeof(crc));
 }
 
-// Stem, block, output, block, head, as the comment in fasternet_cpu.h describes the file.
+// Stem, block, output, block, head, the blocks with a fast tier or without, as the comment in fasternet_cpu.h describes
+// the file.
 template <class T>
 struct Example {
-  static constexpr int64_t kIn = 3, kChannels = 12, kMid = 16, kClasses = 10;
+  static constexpr int64_t kIn = 3, kMid = 16, kClasses = 10;
 
-  Example()
-      : stem(Filter<T>::random(1, kChannels, kIn, 4, 4, true, true)),
-        partial(Filter<T>::random(2, 3, 3, 3, 3, false, false)),
-        pw1(Filter<T>::random(3, 20, kChannels, 1, 1, true, true)),
-        pw2(Filter<T>::random(4, kChannels, 20, 1, 1, false, false)),
-        conv(Filter<T>::random(5, kMid, kChannels, 1, 1, false, true)),
+  explicit Example(bool fast = false)
+      : channels(fast ? 28 : 12),
+        c_partial(fast ? 24 : 3),
+        stem(Filter<T>::random(1, channels, kIn, 4, 4, true, true)),
+        partial(Filter<T>::random(2, c_partial, c_partial, 3, 3, false, false)),
+        pw1(Filter<T>::random(3, 20, channels, 1, 1, true, true)),
+        pw2(Filter<T>::random(4, channels, 20, 1, 1, false, false)),
+        conv(Filter<T>::random(5, kMid, channels, 1, 1, false, true)),
         fc(Filter<T>::random(6, kClasses, kMid, 1, 1, false, true)),
         stem_pack({&stem}),
-        block_pack({&partial, &pw1, &pw2}, First::kPConv),
+        block_pack({&partial, &pw1, &pw2}, fast ? First::kFastPConv : First::kPConv),
         head_pack({&conv, &fc}) {
     const DType dtype = Storage<T>::kDType;
     const int64_t size = dtype == DType::kFloat64 ? 8 : 4;
@@ -60,14 +63,15 @@ struct Example {
       for (const auto& [n, k] : gemms) total += fasternet::packed_size(dtype, n, k) * size;
       return total;
     };
-    steps = {{Kind::kPatchConv, kChannels, 4, 4, Act::kIdentity, stem_pack.data()},
-             {Kind::kBlock, 3, 20, 0, Act::kGelu, block_pack.data()},
+    steps = {{Kind::kPatchConv, channels, 4, 4, Act::kIdentity, stem_pack.data()},
+             {Kind::kBlock, c_partial, 20, 0, Act::kGelu, block_pack.data(), fast},
              {Kind::kEmit, 0, 0, 0, Act::kIdentity, nullptr},
-             {Kind::kBlock, 3, 20, 0, Act::kRelu, block_pack.data()},
+             {Kind::kBlock, c_partial, 20, 0, Act::kRelu, block_pack.data(), fast},
              {Kind::kHead, kMid, kClasses, 0, Act::kSilu, head_pack.data()}};
-    const int64_t block = bytes({{9, 9}, {20, kChannels}, {kChannels, 20}});
-    const std::vector<int64_t> sizes = {bytes({{kChannels, kIn * 16}}), block, 0, block,
-                                        bytes({{kMid, kChannels}, {kClasses, kMid}})};
+    const int64_t block = bytes({{3 * c_partial, 3 * c_partial}, {20, channels}, {channels, 20}}) +
+                          (fast ? fasternet::packed_fast_size(dtype, c_partial) * size : 0);
+    const std::vector<int64_t> sizes = {bytes({{channels, kIn * 16}}), block, 0, block,
+                                        bytes({{kMid, channels}, {kClasses, kMid}})};
     const std::string writer = "a test";
     std::string tables;
     size_t offset = kHeader + 5 * 64 + 2 * 32 + writer.size();
@@ -75,14 +79,15 @@ struct Example {
     size_t at = offset;
     for (size_t i = 0; i < steps.size(); ++i) {
       const Step& s = steps[i];
-      for (uint32_t v : {static_cast<uint32_t>(s.kind), static_cast<uint32_t>(s.act), 0u, 0u}) put(&tables, v);
+      const uint32_t flags = s.fast ? fasternet::kPlanFast : 0;
+      for (uint32_t v : {static_cast<uint32_t>(s.kind), static_cast<uint32_t>(s.act), flags, 0u}) put(&tables, v);
       for (int64_t v : {s.a, s.b, s.c, sizes[i] > 0 ? static_cast<int64_t>(at) : 0, sizes[i], int64_t{0}}) {
         put(&tables, v);
       }
       at += static_cast<size_t>(sizes[i]);
     }
     for (uint32_t v : {0u, 0u}) put(&tables, v);
-    for (int64_t v : {kChannels, int64_t{4}, int64_t{4}}) put(&tables, v);
+    for (int64_t v : {channels, int64_t{4}, int64_t{4}}) put(&tables, v);
     for (uint32_t v : {1u, 0u}) put(&tables, v);
     for (int64_t v : {kClasses, int64_t{0}, int64_t{0}}) put(&tables, v);
     tables += writer;
@@ -102,6 +107,7 @@ struct Example {
     seal(&file);
   }
 
+  const int64_t channels, c_partial;
   Filter<T> stem, partial, pw1, pw2, conv, fc;
   Packed<T> stem_pack, block_pack, head_pack;
   std::vector<Step> steps;
@@ -128,9 +134,9 @@ std::string refusal(const std::string& bytes) {
 }
 
 template <class T>
-void test_same_bits() {
-  const std::string name = std::string("plan file ") + Storage<T>::kName;
-  const Example<T> example;
+void test_same_bits(bool fast = false) {
+  const std::string name = std::string("plan file ") + Storage<T>::kName + (fast ? " fast" : "");
+  const Example<T> example(fast);
   write(example.file);
   auto plan = std::make_unique<fasternet::Plan>(path());
   std::remove(path().c_str());  // it has been read
@@ -139,15 +145,18 @@ void test_same_bits() {
             plan->outputs()[0].row_stride == 4 && plan->outputs()[1].row_stride == 0,
         name, "the plan is another than what was written");
   for (const Step& step : plan->steps()) {
+    check(step.fast == (fast && step.kind == Kind::kBlock), name, "another tier than what was written");
+  }
+  for (const Step& step : plan->steps()) {
     check(reinterpret_cast<uintptr_t>(step.packed) % 64 == 0, name, "weights are not aligned");
   }
-  const Shape shape = {2, 25, 33, example.kIn};
+  const Shape shape = {2, 61, 73, example.kIn};  // maps of 15 by 18
   Tensor<T> x(shape);
   x.fill(7);
   fasternet::Network direct = plan->network(shape.batch, shape.height, shape.width, x.data(), x.stride());
   const fasternet::Network loaded = direct;
   direct.steps = example.steps.data();
-  Tensor<T> maps({2, 6, 8, example.kChannels}), logits({2, 1, 1, example.kClasses});
+  Tensor<T> maps({2, 15, 18, example.channels}), logits({2, 1, 1, example.kClasses});
   Tensor<T> maps2 = maps.blank(), logits2 = logits.blank();
   void* const expected[] = {maps.data(), logits.data()};
   void* const got[] = {maps2.data(), logits2.data()};
@@ -155,10 +164,16 @@ void test_same_bits() {
   fasternet::network(direct, expected, fasternet::serial());
   fasternet::network(loaded, got, two.parallel());
   check(maps2.same_bits(maps) && logits2.same_bits(logits), name, "other bits than the plan that was written");
+  if (!fast) return;
+  std::vector<Step> steps = example.steps;
+  for (Step& step : steps) step.fast = false;
+  direct.steps = steps.data();
+  fasternet::network(direct, expected, fasternet::serial());
+  check(!maps2.same_bits(maps), name, "runs in the default tier");
 }
 
-void test_damage() {
-  const Example<float> example;
+void test_damage(bool fast) {
+  const Example<float> example(fast);
   const std::string& good = example.file;
   check(refusal(good).empty(), "plan file", "a good file is refused: " + refusal(good));
   const auto refused = [&](const std::string& bytes, const std::string& what) {
@@ -183,9 +198,10 @@ void test_damage() {
       write(forged);
       try {
         const fasternet::Plan plan(path());
-        std::vector<float> x(static_cast<size_t>(plan.channels() * 32 * 32), 0.5f);
-        const int64_t stride[4] = {plan.channels() * 32 * 32, 32 * 32, 32, 1};
-        const fasternet::Network args = plan.network(1, 32, 32, x.data(), stride);
+        constexpr int64_t kSide = 64;  // so that the fast tier would run
+        std::vector<float> x(static_cast<size_t>(plan.channels() * kSide * kSide), 0.5f);
+        const int64_t stride[4] = {plan.channels() * kSide * kSide, kSide * kSide, kSide, 1};
+        const fasternet::Network args = plan.network(1, kSide, kSide, x.data(), stride);
         if (plan.dtype() != DType::kFloat32) continue;  // refused, or x is of another type
         std::vector<std::vector<float>> outputs;
         std::vector<void*> data;
@@ -223,6 +239,7 @@ int main() {
     test_same_bits<float>();
     test_same_bits<double>();
     test_same_bits<BFloat16>();
-    test_damage();
+    test_same_bits<float>(true);
+    for (bool fast : {false, true}) test_damage(fast);
   });
 }

@@ -548,6 +548,24 @@ void check_close(const std::string& name, const Tensor<T>& result, const std::ve
   check(error.norm <= bound.norm && error.largest <= bound.largest, name, text);
 }
 
+// The fast tier of an operator alone: its L2 error is at most five times the default tier's, its largest ten times, as
+// fasternet_cpu.h says.
+inline void check_fast_close(const std::string& name, const Tensor<float>& fast, const Tensor<float>& direct,
+                             const std::vector<double>& exact) {
+  const Error error = error_of(fast.dense<double>(), exact), normal = error_of(direct.dense<double>(), exact);
+  char text[256];
+  std::snprintf(text, sizeof text, "L2 error %.3g, %.3g in the default tier; largest error %.3g, %.3g there",
+                error.norm, normal.norm, error.largest, normal.largest);
+  check(error.norm <= 5 * normal.norm && error.largest <= 10 * normal.largest, name, text);
+}
+
+// The shapes that tests of the fast tier run: images it pays on, whole patches or not, and some it does not pay on.
+inline std::vector<Shape> fast_shapes(int64_t channels) {
+  return {{1, 14, 14, channels}, {2, 17, 15, channels}, {3, 28, 14, channels}, {1, 15, 173, channels},
+          {1, 28, 28, channels}, {1, 16, 56, channels}, {0, 14, 14, channels}, {2, 7, 9, channels},
+          {1, 13, 28, channels}, {1, 28, 13, channels}};
+}
+
 // NaN where the reference has NaN, the same infinity where it has one, finite elsewhere.
 template <class T>
 void check_non_finite(const std::string& name, const Tensor<T>& result, const std::vector<double>& exact) {
