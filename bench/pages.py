@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bench import plot, report, tables
+from bench import plot, report, tables, training
 from bench.results import Row
 
 __all__ = ["CHARTS", "TABLES", "page_files", "update", "with_blocks"]
@@ -23,6 +23,7 @@ TABLES: dict[str, Callable[[Sequence[Row]], str]] = {
     "left-out": lambda rows: tables.left_out_text(),
     "errors": tables.errors_text,
     "operators": tables.operators_text,
+    "training": training.table_text,
     "conclusions": tables.conclusions_text,
 }
 # Block -> starts of the names of the charts it shows, and what they show; the first start of which

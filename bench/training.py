@@ -16,12 +16,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasternet_kernels as fk
-from bench import results, stats
+from bench import report, results, stats
 from bench.report import Verdict, best, compare
 from bench.results import Row
 from fasternet_kernels import timing
 
-__all__ = ["GOALS", "LABELS", "WORK", "judge", "measure", "saved_bytes", "session_text"]
+__all__ = [
+    "GOALS",
+    "LABELS",
+    "WORK",
+    "judge",
+    "measure",
+    "saved_bytes",
+    "session_text",
+    "table_text",
+]
 
 WORK = (("t0", 16), ("s", 4))  # network, batch
 LABELS = {
@@ -237,6 +246,33 @@ def session_text(title: str, rows: Sequence[Row], saved: dict[str, int]) -> str:
             line += f"  {stats.Interval(row.vs_ours, row.vs_ours_low, row.vs_ours_high)} ours"
         lines.append(line)
     return "\n".join(lines)
+
+
+def table_text(rows: Sequence[Row]) -> str:
+    """The newest steps as Markdown: milliseconds of each provider, and how many times ours."""
+    last = [row for row in results.latest(rows) if row.kind == "training"]
+    if not any(row.ok for row in last):
+        return "Not measured yet: `python -m bench training`."
+    steps = dict.fromkeys((row.workload, row.batch, row.threads) for row in last)
+    lines = [["a step of", *LABELS.values()]]
+    for step in steps:
+        name, batch, threads = step
+        network = name.removeprefix("fasternet_").removesuffix("_step").upper()
+        line = [f"{network}, batch {batch}, {report.threads_text(threads)}"]
+        for provider in LABELS:
+            row = best(
+                r
+                for r in last
+                if (r.workload, r.batch, r.threads) == step and r.provider == provider
+            )
+            cell = "-" if row is None else report.milliseconds(row)
+            if row is not None and provider != "ours" and row.vs_ours is not None:
+                cell += f", {stats.Interval(row.vs_ours, row.vs_ours_low, row.vs_ours_high)}"
+            line.append(cell)
+        lines.append(line)
+    row = last[-1]
+    where = f"{row.processor}, {row.cores} processors, {row.isa}; torch {row.torch}"
+    return f"{where}; commit {row.commit}.\n\n{report.markdown(lines)}"
 
 
 def judge(rows: Sequence[Row]) -> list[Verdict]:

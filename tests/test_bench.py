@@ -9,7 +9,19 @@ import pytest
 import torch
 
 import fasternet_kernels as fk
-from bench import pages, plot, published, report, results, session, stats, tables, workloads, zoo
+from bench import (
+    pages,
+    plot,
+    published,
+    report,
+    results,
+    session,
+    stats,
+    tables,
+    training,
+    workloads,
+    zoo,
+)
 from bench.__main__ import _parser, _processors, main, specs
 from bench.providers import PEERS, PROVIDERS, available
 from fasternet_kernels import models, timing
@@ -654,6 +666,50 @@ def test_tables():
     )  # a loss is shown
     assert large.startswith("| fasternet_l |")
     assert mobilenet == "| mobilenetv2_100 | - | **3.00** | - | - |"
+
+
+def test_a_training_step(tmp_path):
+    """Measured, written, judged and shown; a provider with other gradients gets no number."""
+    path = tmp_path / "rows.csv"
+    with pytest.MonkeyPatch.context() as patch:
+        found = training._model
+        patch.setattr(
+            training,
+            "_model",
+            lambda plain, provider: (
+                found(plain, provider).requires_grad_().apply(_scaled)
+                if provider == "ours_lean"
+                else found(plain, provider)
+            ),
+        )
+        ((title, rows, saved),) = training.measure(
+            path,
+            "run",
+            [("t0", 4)],
+            ["eager_channels_last", "ours", "ours_lean"],
+            size=64,
+            quick=True,
+        )
+    eager, ours, wrong = rows
+    assert "batch 4" in title and "saves" in training.session_text(title, rows, saved)
+    assert eager.ok and ours.ok and not wrong.ok and wrong.median_ms is None
+    assert saved["ours"] < saved["eager_channels_last"]
+    read = results.read(path)
+    assert [r.provider for r in read] == [r.provider for r in rows]
+    line = training.table_text(read).splitlines()[-1]
+    assert line.startswith("| T0, batch 4, ") and line.endswith(" | - |")
+    assert f", {eager.vs_ours:.2f}x (" in line
+    assert "Not measured" in training.table_text([])
+    # That batch is no goal; the same rows with the goal's are judged.
+    goal = [dataclasses.replace(r, batch=16) for r in read]
+    verdict = next(v for v in training.judge(goal) if "T0" in v.what and "eager" in v.what)
+    assert verdict.value == str(report.compare(goal[0], goal[1]))
+    assert all(v.met is None for v in training.judge(read))
+
+
+def _scaled(module):
+    if isinstance(module, torch.nn.Linear):
+        module.weight.data.mul_(1.5)
 
 
 def marked(*names):
