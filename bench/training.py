@@ -47,9 +47,9 @@ GOALS = (
 )
 
 # Largest relative L2 error of a step's loss and gradients that still counts as the same training.
-# Where a value before a ReLU is within rounding of 0 the derivative jumps: on S, eager's two
-# layouts are off by 1e-4 to 1e-3.
-GATE = 1e-2
+# A ReLU's derivative jumps: where rounding takes a value before it to the other side of 0 its whole
+# gradient comes or goes. The CSV has S at 1e-4 to 1e-3 off, eager too, and T0, with GELU, at 1e-7.
+GATE = {"gelu": 1e-5, "relu": 1e-2}
 
 
 def workload(network: str) -> str:
@@ -168,11 +168,14 @@ def _session(common, network, providers, quick, progress) -> tuple[list[Row], di
     target = torch.randint(0, 1000, (batch,))
     exact = _answers(copy.deepcopy(plain).double(), x.double(), target)
     scale, functions, saved, found = exact.norm(), {}, {}, {}
+    act = next(
+        type(m).__name__.lower() for m in plain.modules() if isinstance(m, nn.GELU | nn.ReLU)
+    )
     for provider in providers:
         model = _model(plain, provider)
         off = _answers(model, x, target) - exact
         error = (off.norm() / scale).item()
-        ok = error <= GATE
+        ok = error <= GATE[act]
         found[provider] = {
             "status": "ok" if ok else f"wrong: relative error {error:.1e}",
             "error_rel_l2": error,
@@ -190,7 +193,6 @@ def _session(common, network, providers, quick, progress) -> tuple[list[Row], di
             functions, dropped_calls=1, minimum_calls=2, progress=progress, **settings
         )
     medians = {p: _round_medians(t) for p, t in taken.items()}
-    act = next(m for m in plain.modules() if isinstance(m, nn.GELU | nn.ReLU))
     rows = []
     for provider in providers:
         values = {"provider": provider, **found[provider]}
@@ -214,7 +216,7 @@ def _session(common, network, providers, quick, progress) -> tuple[list[Row], di
                 **results.provenance(),
                 **common,
                 channels=3,
-                act=type(act).__name__.lower(),
+                act=act,
                 mode="latency",
                 dtype="fp32",
                 **values,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import library, ops
+from . import ops
 from .modules import (
     BlockParts,
     FusedBlock,
@@ -35,13 +35,12 @@ from .modules import (
     must_run_plainly,
 )
 from .reference import ACTS, BLOCK, EMIT, HEAD, PATCH_CONV, compute_dtype
-from .training import NORMS, process_group, uses_batch_statistics
+from .training import NORMS, is_fused, process_group, uses_batch_statistics
 from .watch import Watch, attributes, has
 
 _ops = torch.ops.fasternet_kernels
 _network = _ops.network.default
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
-_FUSED_TRAINING = [kind for kind in ("cpu", "cuda") if library.has_kernel("pw_stats", kind)]
 _TOLERANCE = 1e-10  # relative, in float64: what differs by more computes something else
 
 
@@ -294,7 +293,7 @@ class SwappedBlock(_Swapped, FusedBlock):
         # more, and it does not share statistics among processes on the CPU.
         kind = p.pw1.weight.device.type
         asked_for = self.trains_lean() or (kind == "cpu" and process_group(p.norm) is not None)
-        if uses_batch_statistics(p.norm) and kind not in _FUSED_TRAINING and not asked_for:
+        if uses_batch_statistics(p.norm) and not is_fused(p.pw1.weight) and not asked_for:
             return True
         return super().trains_unfused(p)
 

@@ -28,14 +28,18 @@ from torch.autograd import forward_ad
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from . import library, ops
+from . import ops
 from .models import ACTIVATIONS, DropPath
 from .reference import apply_act, compute_dtype
-from .training import NORMS, batch_norm_layer, process_group, uses_batch_statistics
+from .training import (
+    NORMS,
+    batch_norm_layer,
+    is_fused,
+    process_group,
+    uses_batch_statistics,
+)
 
 _ops = torch.ops.fasternet_kernels
-# Devices on which stem and merging layers train in the fused ops.
-_FUSED_TRAINING = ("cpu", "cuda") if library.has_kernel("patch_stats", "cuda") else ("cpu",)
 
 
 class BlockParts(NamedTuple):
@@ -587,7 +591,7 @@ class FusedPatchConv(PackingModule):
             self.drop_pack()
             x = x.contiguous(memory_format=torch.channels_last)
             if (
-                (self.trains_lean() or x.device.type in _FUSED_TRAINING)
+                (self.trains_lean() or is_fused(conv.weight))
                 and uses_batch_statistics(norm)
                 and conv.bias is None
                 and not _empty_alone(x, norm)

@@ -21,8 +21,18 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import library
+
 _ops = torch.ops.fasternet_kernels
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_DEVICES = tuple(kind for kind in ("cpu", "cuda") if library.has_kernel("pw_stats", kind))
+
+
+def is_fused(t: Tensor) -> bool:
+    """Whether a layer of tensors like ``t`` trains in kernels, rather than in the PyTorch behind
+    the same ops, which is slower than the layer that it replaces. (On a GPU before compute
+    capability 8.0, of which the first op warns, that PyTorch runs nevertheless.)"""
+    return t.device.type in _DEVICES and not (t.is_cuda and t.dtype == torch.float64)
 
 
 def uses_batch_statistics(norm: nn.Module | None) -> bool:

@@ -148,7 +148,7 @@ void* scratch(Slot slot, int64_t bytes) {
 #ifdef FASTERNET_GUARD_SCRATCH
   char* const data = static_cast<char*>(mine.data[slot]);
   __asan_unpoison_memory_region(data, static_cast<size_t>(bytes));
-  std::memset(data, 0xFF, static_cast<size_t>(bytes));  // NaN in every type
+  if (bytes > 0) std::memset(data, 0xFF, static_cast<size_t>(bytes));  // NaN in every type
   forbid(data + bytes, data + mine.bytes[slot]);
 #endif
   return mine.data[slot];

@@ -755,7 +755,7 @@ struct WinogradTile {
     }
   }
 
-  // The PConv of tile t of x into u; `then` is the weight read after it.
+  // The PConv of tile t of x into u; `next` is the weight read after it.
   void run(const Image<T>& x, int64_t height, int64_t width, const Tiling::Tile& t, T* u, int64_t u_stride,
            const Packed<T>* next) const {
     constexpr int kWide = FASTERNET_VECTOR_BYTES, kNarrow = kHalfBytes;
@@ -831,7 +831,7 @@ struct PConvTile {
     groups = carver->take<RowGroup<T>>(tiling.max_groups());
   }
 
-  // The PConv of tile t of x into u; `then` is the weight read after it.
+  // The PConv of tile t of x into u; `then` is the weight read after it, `ahead` what is fetched meanwhile.
   void run(const Image<S>& x, int64_t height, int64_t width, const Tiling::Tile& t, int64_t total_rows,
            const Packed<T>* then, Ahead* ahead = nullptr) {
     if constexpr (Same<S, float>::value) {

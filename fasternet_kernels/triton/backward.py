@@ -12,11 +12,13 @@ t = (z - mean) * scale + shift and a = act(t):
     dw_pw    = total' u;  dw_partial = du_partial' x shifted by each tap
     dw_pw2   = layer_scale * (grad * sample_scale)' a
 
-Four kernels do it. ``dz_kernel`` makes da by tensor cores, and dt, dz and the sums over pixels in
-its epilogue, so neither da nor a is ever in memory. ``du_kernel`` makes total on the way to the
-tensor cores and adds dy at the end. ``weight_gradient_kernel`` is g' a over pixels, where a may be
-an activation of z, two segments (u and x), shifted pixels or patches, made as it is loaded.
-``pconv_dx_kernel`` is the transposed convolution, with the taps turned round.
+Four kernels do most of it. ``dz_kernel`` makes da by tensor cores, and dt, dz and the sums over
+pixels in its epilogue, so neither da nor a is ever in memory. ``du_kernel`` makes total on the way
+to the tensor cores and adds dy at the end. ``weight_gradient_kernel`` is g' a over pixels, where a
+may be an activation of z, two segments (u and x), shifted pixels or patches, made as it is loaded.
+``pconv_dx_kernel`` is the transposed convolution, with the taps turned round. In wide layers
+``total_kernel`` writes total once, where it would be made again for every block of columns. Stem
+and merging layers have dx by ``patch_dx_kernel``, which makes total likewise.
 
 dlayer_scale[c] is the sum of w_pw2[c, :] times the unscaled dw_pw2[c, :], since both are the sum
 over pixels and hidden channels of grad a w: the projection itself is not needed. A patch

@@ -107,7 +107,11 @@ def record(
 
 
 def launch(kernel, grid: tuple[int, ...], *, num_warps: int, num_stages: int, **args) -> None:
-    """Launches a kernel on the device of its tensors, or records that."""
+    """Launches a kernel on the device of its tensors, or records that.
+
+    Raises:
+        ValueError: a grid that no GPU takes.
+    """
     if 0 in grid:
         return
     if grid[0] >= 2**31 or any(n >= 2**16 for n in grid[1:]):
