@@ -61,7 +61,8 @@ ParallelFor serial();  // everything on the calling thread
 // outputs of their own, `columns_as_outputs`: kw * n outputs (kernel column, output channel), without scale or shift,
 // and K over (kernel row, input channel).
 struct Weight {
-  const void* data = nullptr;  // (n, c, kh, kw), contiguous
+  const void* data = nullptr;  // (n, c, kh, kw), contiguous, or in memory (n, kh, kw, c) where it is channels_last
+  bool channels_last = false;
   DType dtype = DType::kFloat32;
   int64_t n = 0, c = 0, kh = 1, kw = 1;
   const void* scale = nullptr;  // (n) or null, compute type: multiplies each output channel's weights, in double
@@ -70,7 +71,8 @@ struct Weight {
 };
 int64_t packed_size(DType dtype, int64_t n, int64_t k);  // elements of the compute type; a multiple of a cache line
 int64_t packed_size(const Weight& weight);
-void pack(const Weight& weight, void* packed);  // weight.dtype kFloat64 packs double, the others float
+// weight.dtype kFloat64 packs double, the others float.
+void pack(const Weight& weight, void* packed, const ParallelFor& parallel = serial());
 
 // The fast tier: what an operator's `fast` allows in float32 (ignored for other dtypes), where it pays, and what it
 // reads behind the rest of its `packed`: PConv's weight for Winograd's F(2x4, 3x3). A PConv then multiplies a third as
@@ -248,10 +250,11 @@ class Plan {
 // several processes), then act_pw_residual; and backward the other way round. Kept in between are x, z and the vectors
 // alone: u, the PConv's output, and a, the activation, are computed again where they are needed.
 //
-// Weights are plain contiguous arrays of PyTorch's shapes in the storage type; mean, m2, scale, shift and their
-// gradients are in the compute type. Tensors with a pixel stride may be channel slices; gradients are written dense. A
-// null gradient is one that is not wanted, and is not computed. Sums over pixels are made tile by tile in an order that
-// only the shape decides, so results do not depend on the number of threads.
+// Weights are plain contiguous arrays of PyTorch's shapes in the storage type, those of 3x3 and patch convolutions also
+// channels-last ones, (out, kernel row, kernel column, in), and then so are their gradients; mean, m2, scale, shift and
+// their gradients are in the compute type. Tensors with a pixel stride may be channel slices; gradients are written
+// dense. A null gradient is one that is not wanted, and is not computed. Sums over pixels are made tile by tile in an
+// order that only the shape decides, so results do not depend on the number of threads.
 
 // z = conv1x1(u, w_pw), with the mean of each channel of z as stored and m2, its sum of squared deviations. Without
 // pixels mean and m2 are NaN and 0.
@@ -265,6 +268,7 @@ struct PwStats {
   void* z;                // dense
   void* mean;             // (c_out)
   void* m2;               // (c_out)
+  bool w_partial_channels_last = false;
 };
 void pw_stats(const PwStats& args, const ParallelFor& parallel);
 
@@ -288,6 +292,7 @@ struct PwStatsBackward {
   void* dx;
   void* dw_partial;
   void* dw_pw;
+  bool w_partial_channels_last = false;
 };
 void pw_stats_backward(const PwStatsBackward& args, const ParallelFor& parallel);
 
@@ -362,6 +367,7 @@ struct PConv3x3Backward {
   const void* weight;  // (c_partial, c_partial, 3, 3)
   void* dx;            // dense
   void* dweight;
+  bool weight_channels_last = false;
 };
 void pconv3x3_backward(const PConv3x3Backward& args, const ParallelFor& parallel);
 
@@ -393,6 +399,7 @@ struct PatchConvBackward {
   void* dweight;
   void* dscale;  // (c_out), compute type
   void* dshift;  // (c_out), compute type
+  bool weight_channels_last = false;
 };
 void patch_conv_backward(const PatchConvBackward& args, const ParallelFor& parallel);
 

@@ -198,14 +198,10 @@ def _wanted(mask, *grads) -> tuple[Tensor, ...]:
     )
 
 
-def _grad(t: Tensor | None, like: Tensor, image: bool = False):
-    """A pair (maker of the fake gradient of ``t``, tensor whose dtype an empty one has)."""
-    make = (
-        (lambda: _same(t))
-        if image
-        else (lambda: torch.empty(t.shape, dtype=t.dtype, device=t.device))
-    )
-    return make, like
+def _grad(t: Tensor | None, like: Tensor):
+    """A pair (maker of the fake gradient of ``t``, tensor whose dtype an empty one has). Gradients
+    of images and of convolutions' weights have the memory format of these."""
+    return (lambda: _same(t) if t.dim() == 4 else t.new_empty(t.shape)), like
 
 
 @_fake("pconv3x3")
@@ -220,7 +216,7 @@ def _(x, weight):
 
 @_fake("pconv3x3_backward")
 def _(grad, x_partial, weight, output_mask):
-    return _wanted(output_mask, _grad(grad, grad, image=True), _grad(weight, grad))
+    return _wanted(output_mask, _grad(grad, grad), _grad(weight, grad))
 
 
 @_fake("pack")
@@ -252,7 +248,7 @@ def _(x, pack, c_partial, c_out, act, fast=False):
 def _(grad, x, w_partial, w_pw, scale, shift, act, output_mask):
     return _wanted(
         output_mask,
-        _grad(x, grad, image=True),
+        _grad(x, grad),
         *(_grad(t, grad) for t in (w_partial, w_pw, scale, shift)),
     )
 
@@ -270,7 +266,7 @@ def _(x, pack, c_partial, c_hidden, sample_scale, act, fast=False):
 @_fake("block_backward")
 def _(grad, x, w_partial, w_pw1, w_pw2, scale, shift, layer_scale, sample_scale, act, output_mask):
     vectors = (w_partial, w_pw1, w_pw2, scale, shift, layer_scale, sample_scale)
-    return _wanted(output_mask, _grad(x, grad, image=True), *(_grad(t, grad) for t in vectors))
+    return _wanted(output_mask, _grad(x, grad), *(_grad(t, grad) for t in vectors))
 
 
 def _patches(x, c_out, kh, kw, dtype, channels_last):
@@ -293,7 +289,7 @@ def _(x, pack, c_out, kh, kw, channels_last=False):
 @_fake("patch_conv_backward")
 def _(grad, x, weight, scale, shift, output_mask):
     return _wanted(
-        output_mask, _grad(x, grad, image=True), *(_grad(t, grad) for t in (weight, scale, shift))
+        output_mask, _grad(x, grad), *(_grad(t, grad) for t in (weight, scale, shift))
     )
 
 
@@ -311,7 +307,7 @@ def _(x, pack, c_mid, c_out, act):
 def _(grad, x, w_conv, b_conv, w_fc, b_fc, act, output_mask):
     return _wanted(
         output_mask,
-        _grad(x, grad, image=True),
+        _grad(x, grad),
         *(_grad(t, grad) for t in (w_conv, b_conv, w_fc, b_fc)),
     )
 
@@ -343,7 +339,7 @@ def _(x, w_partial, w_pw):
 
 @_fake("pw_stats_backward")
 def _(dz, dmean, dm2, x, z, mean, w_partial, w_pw, output_mask, dy=None):
-    return _wanted(output_mask, _grad(x, dz, image=True), _grad(w_partial, dz), _grad(w_pw, dz))
+    return _wanted(output_mask, _grad(x, dz), _grad(w_partial, dz), _grad(w_pw, dz))
 
 
 @_fake("patch_stats")
@@ -354,7 +350,7 @@ def _(x, weight):
 
 @_fake("patch_stats_backward")
 def _(dz, dmean, dm2, x, z, mean, weight, output_mask):
-    return _wanted(output_mask, _grad(x, dz, image=True), _grad(weight, dz))
+    return _wanted(output_mask, _grad(x, dz), _grad(weight, dz))
 
 
 @_fake("bn_act")
@@ -365,7 +361,7 @@ def _(z, mean, scale, shift, act):
 @_fake("bn_act_backward")
 def _(grad, z, mean, scale, shift, act, output_mask):
     return _wanted(
-        output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in (mean, scale, shift))
+        output_mask, _grad(z, grad), *(_grad(t, grad) for t in (mean, scale, shift))
     )
 
 
@@ -373,7 +369,7 @@ def _(grad, z, mean, scale, shift, act, output_mask):
 def _(grad, x, mean, scale, shift, w_partial, w, act, output_mask):
     z = _image(x, grad.shape, w.dtype, torch.channels_last if w_partial is None else None)
     vectors = (mean, scale, shift)
-    return z, *_wanted(output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in vectors))
+    return z, *_wanted(output_mask, _grad(z, grad), *(_grad(t, grad) for t in vectors))
 
 
 @_fake("act_pw_residual")
@@ -384,7 +380,7 @@ def _(x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act):
 @_fake("act_pw_residual_backward")
 def _(grad, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act, output_mask):
     vectors = (mean, scale, shift, w_pw2, layer_scale, sample_scale)
-    return _wanted(output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in vectors))
+    return _wanted(output_mask, _grad(z, grad), *(_grad(t, grad) for t in vectors))
 
 
 @_fake("act_pw_residual_recompute_backward")
@@ -392,7 +388,7 @@ def _(grad, x, mean, scale, shift, w_partial, w_pw1, *others):
     *after, _act, output_mask = others  # as of act_pw_residual_backward
     z = _image(x, (x.shape[0], w_pw1.shape[0], *x.shape[2:]), w_pw1.dtype)
     vectors = (mean, scale, shift, *after)
-    return z, *_wanted(output_mask, _grad(z, grad, image=True), *(_grad(t, grad) for t in vectors))
+    return z, *_wanted(output_mask, _grad(z, grad), *(_grad(t, grad) for t in vectors))
 
 
 # ---- Autograd ------------------------------------------------------------------------------------

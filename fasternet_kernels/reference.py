@@ -126,7 +126,7 @@ def _conv_backward(
         1,
         (need_x, need_weight, False),
     )
-    return dx if need_x else None, dense(dw) if need_weight else None
+    return dx if need_x else None, like(dw, weight) if need_weight else None
 
 
 def _sum(t: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -558,7 +558,7 @@ def head_backward(
     dw_fc = grad.t() @ apply_act(z, act) if need_w_fc else None
     db_fc = _sum(grad, (0,)).to(b_fc.dtype) if need_b_fc else None
     dz = act_backward(grad @ w_fc, z, act)
-    dw_conv = (dz.t() @ pooled)[:, :, None, None].contiguous() if need_w_conv else None
+    dw_conv = like((dz.t() @ pooled)[:, :, None, None], w_conv) if need_w_conv else None
     db_conv = _sum(dz, (0,)).to(b_conv.dtype) if need_b_conv else None
     dx = None
     if need_x:

@@ -64,12 +64,6 @@ OptionalTensor dense(const OptionalTensor& t, ScalarType type) {
   return t ? OptionalTensor(dense(*t, type)) : std::nullopt;
 }
 
-// What a kernel stores: float16 is widened, the other types are stored as they are.
-ScalarType stored_type(ScalarType type) { return type == ScalarType::Half ? ScalarType::Float : type; }
-
-// x rounded to the weights' type (autocast), in a type the kernels store.
-Tensor operand(const Tensor& x, ScalarType weight_type) { return cast(cast(x, weight_type), stored_type(weight_type)); }
-
 // Tensor.suggest_memory_format(): strides ordered batch >= height >= width >= channels.
 MemoryFormat format_of(const Tensor& x) {
   const auto size = x.sizes(), stride = x.strides();
@@ -81,6 +75,22 @@ MemoryFormat format_of(const Tensor& x) {
   }
   return MemoryFormat::ChannelsLast;
 }
+
+// A convolution's weight in the memory format that it suggests, as its gradient will be.
+struct ConvWeight {
+  MemoryFormat format;
+  Tensor tensor;
+  ConvWeight(const Tensor& weight, ScalarType type)
+      : format(format_of(weight)), tensor(torch::stable::contiguous(cast(weight, type), format)) {}
+  bool channels_last() const { return format == MemoryFormat::ChannelsLast; }
+  const void* data() const { return tensor.const_data_ptr(); }
+};
+
+// What a kernel stores: float16 is widened, the other types are stored as they are.
+ScalarType stored_type(ScalarType type) { return type == ScalarType::Half ? ScalarType::Float : type; }
+
+// x rounded to the weights' type (autocast), in a type the kernels store.
+Tensor operand(const Tensor& x, ScalarType weight_type) { return cast(cast(x, weight_type), stored_type(weight_type)); }
 
 Tensor empty_image(const Tensor& like, int64_t channels, int64_t height, int64_t width, ScalarType type,
                    MemoryFormat format) {
@@ -171,8 +181,14 @@ Tensor pack_weights(const std::vector<Tensor>& weights, const std::vector<Option
     const int64_t dims = weights[i].dim();
     STD_TORCH_CHECK(dims == 2 || dims == 4, "fasternet_kernels: pack takes weights of 2 or 4 dimensions");
     STD_TORCH_CHECK(weights[i].numel() > 0, "fasternet_kernels: a weight has no elements");
-    keep.push_back(dense(weights[i], stored_type(type)));
     fasternet::Weight item;
+    if (dims == 4) {
+      const ConvWeight kernel(weights[i], stored_type(type));
+      keep.push_back(kernel.tensor);
+      item.channels_last = kernel.channels_last();
+    } else {
+      keep.push_back(dense(weights[i], stored_type(type)));
+    }
     item.data = keep.back().const_data_ptr();
     item.dtype = dtype_of(stored_type(type));
     item.n = weights[i].size(0);
@@ -200,7 +216,7 @@ Tensor pack_weights(const std::vector<Tensor>& weights, const std::vector<Option
   Tensor packed = torch::stable::empty({&elements, 1}, compute, std::nullopt, weights[0].device());
   char* to = static_cast<char*>(packed.mutable_data_ptr());
   for (const fasternet::Weight& item : items) {
-    fasternet::pack(item, to);
+    fasternet::pack(item, to, torch_threads());
     to += fasternet::packed_size(item) * static_cast<int64_t>(packed.element_size());
   }
   if (fast) fasternet::pack_fast(items[0], to);
@@ -536,6 +552,11 @@ Tensor empty_like(const Tensor& t, ScalarType type) {
 OptionalTensor wanted(bool want, const Tensor& like, ScalarType type) {
   return want ? OptionalTensor(empty_like(like, type)) : std::nullopt;
 }
+OptionalTensor wanted(bool want, const ConvWeight& kernel, ScalarType type) {
+  if (!want) return std::nullopt;
+  return torch::stable::empty(kernel.tensor.sizes(), type, std::nullopt, kernel.tensor.device(), std::nullopt,
+                              kernel.format);
+}
 void* pointer(const OptionalTensor& t) { return t ? t->mutable_data_ptr() : nullptr; }
 const void* const_pointer(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 // The gradient of a parameter as the op returns it.
@@ -595,12 +616,12 @@ std::tuple<Tensor, Tensor, Tensor> pw_stats(Tensor x, Tensor w_partial, Tensor w
   const ScalarType weight_type = w_pw.scalar_type();
   const Pixels in(operand(x, weight_type));
   const ScalarType type = in.tensor.scalar_type();
-  const Tensor partial = dense(w_partial, type), pw = dense(w_pw, type);
+  const ConvWeight partial(w_partial, type), pw(w_pw, type);
   Tensor z = empty_image(x, c_out, x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
   Tensor mean = filled(c_out, 0, x, compute_type(type)), m2 = filled(c_out, 0, x, compute_type(type));
   fasternet::pw_stats({dtype_of(type), x.size(0), x.size(1), x.size(2), x.size(3), w_partial.size(0), c_out, in.data(),
-                       in.stride, partial.const_data_ptr(), pw.const_data_ptr(), z.mutable_data_ptr(),
-                       mean.mutable_data_ptr(), m2.mutable_data_ptr()},
+                       in.stride, partial.data(), pw.data(), z.mutable_data_ptr(), mean.mutable_data_ptr(),
+                       m2.mutable_data_ptr(), partial.channels_last()},
                       torch_threads());
   return with_statistics(z, mean, m2, weight_type, format_of(x));
 }
@@ -626,8 +647,8 @@ std::tuple<Tensor, Tensor, Tensor> pw_stats_backward(Tensor dz, Tensor dmean, Te
   const bool fuse_dy = dy && dy->scalar_type() == x.scalar_type() && stored_type(x.scalar_type()) == type;
   const std::optional<Pixels> residual =
       fuse_dy ? std::optional<Pixels>(Pixels(cast(*dy, type))) : std::optional<Pixels>();
-  const Tensor partial = dense(w_partial, type), pw = dense(w_pw, type), centre = dense(mean, compute),
-               mean_grad = dense(dmean, compute), m2_grad = dense(dm2, compute);
+  const ConvWeight partial(w_partial, type), pw(w_pw, type);
+  const Tensor centre = dense(mean, compute), mean_grad = dense(dmean, compute), m2_grad = dense(dm2, compute);
   OptionalTensor dx;
   if (output_mask[0]) dx = empty_image(x, x.size(1), x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
   const OptionalTensor dw_partial = wanted(output_mask[1], partial, type), dw_pw = wanted(output_mask[2], pw, type);
@@ -648,8 +669,9 @@ std::tuple<Tensor, Tensor, Tensor> pw_stats_backward(Tensor dz, Tensor dmean, Te
   args.z = hidden.data();
   args.z_pixel_stride = hidden.stride;
   args.mean = centre.const_data_ptr();
-  args.w_partial = partial.const_data_ptr();
-  args.w_pw = pw.const_data_ptr();
+  args.w_partial = partial.data();
+  args.w_partial_channels_last = partial.channels_last();
+  args.w_pw = pw.data();
   if (residual) {
     args.dy = residual->data();
     args.dy_pixel_stride = residual->stride;
@@ -696,13 +718,13 @@ Tensor act_pw_residual(Tensor x, Tensor z, Tensor mean, Tensor scale, Tensor shi
   const ScalarType residual_type = type == ScalarType::BFloat16 && x.scalar_type() != type ? ScalarType::Float : type;
   const Pixels residual(cast(x, residual_type));
   const NormVectors norm(mean, scale, shift, c_hidden, compute);
-  const Tensor weight = dense(w_pw2, type);
+  const ConvWeight weight(w_pw2, type);
   const OptionalTensor layer = dense(layer_scale, compute), sample = dense(sample_scale, compute);
   Tensor y = empty_image(x, channels, x.size(2), x.size(3), residual_type, MemoryFormat::ChannelsLast);
   fasternet::act_pw_residual(
       {dtype_of(type), dtype_of(residual_type), x.size(0), channels, x.size(2), x.size(3), c_hidden, residual.data(),
        residual.stride, hidden.data(), hidden.stride, norm.mean.const_data_ptr(), norm.scale.const_data_ptr(),
-       norm.shift.const_data_ptr(), weight.const_data_ptr(), const_pointer(layer), const_pointer(sample),
+       norm.shift.const_data_ptr(), weight.data(), const_pointer(layer), const_pointer(sample),
        fasternet::parse_act(act), y.mutable_data_ptr()},
       torch_threads());
   return finish(y, result_type, format_of(x));
@@ -724,14 +746,14 @@ ActGradients act_gradients(const Tensor& grad, const Tensor& z, const Tensor& me
   const Pixels hidden(operand(z, z.scalar_type())), incoming(operand(grad, z.scalar_type()));
   const ScalarType type = hidden.tensor.scalar_type(), compute = compute_type(type);
   const NormVectors norm(mean, scale, shift, c_hidden, compute);
-  const OptionalTensor weight = dense(w_pw2, type), layer = dense(layer_scale, compute),
-                       sample = dense(sample_scale, compute);
+  const std::optional<ConvWeight> weight = w_pw2 ? std::optional<ConvWeight>(ConvWeight(*w_pw2, type)) : std::nullopt;
+  const OptionalTensor layer = dense(layer_scale, compute), sample = dense(sample_scale, compute);
   OptionalTensor dz;
   if (mask[0]) dz = empty_image(z, c_hidden, z.size(2), z.size(3), type, MemoryFormat::ChannelsLast);
   const OptionalTensor dmean = wanted(mask[1], norm.mean, compute), dscale = wanted(mask[2], norm.scale, compute),
                        dshift = wanted(mask[3], norm.shift, compute);
   OptionalTensor dw, dlayer, dsample;
-  if (mask[4]) dw = empty_like(*weight, type);
+  if (mask[4]) dw = wanted(true, *weight, type);
   if (mask[5]) dlayer = empty_like(*layer, compute);
   if (mask[6]) dsample = empty_like(*sample, compute);
   fasternet::ActPwResidualBackward args = {};
@@ -748,7 +770,7 @@ ActGradients act_gradients(const Tensor& grad, const Tensor& z, const Tensor& me
   args.mean = norm.mean.const_data_ptr();
   args.scale = norm.scale.const_data_ptr();
   args.shift = norm.shift.const_data_ptr();
-  args.w_pw2 = const_pointer(weight);
+  args.w_pw2 = weight ? weight->data() : nullptr;
   args.layer_scale = const_pointer(layer);
   args.sample_scale = const_pointer(sample);
   args.act = fasternet::parse_act(act);
@@ -801,7 +823,7 @@ std::tuple<Tensor, Tensor> pconv3x3_backward(Tensor grad, Tensor x_partial, Tens
   const bool all = grad.scalar_type() == type;
   const Pixels incoming(all ? grad : operand(torch::stable::narrow(grad, 1, 0, c_partial), weight_type));
   const Pixels x(operand(x_partial, weight_type));
-  const Tensor w = dense(weight, type);
+  const ConvWeight w(weight, type);
   OptionalTensor dx;
   if (output_mask[0]) {
     dx =
@@ -810,7 +832,7 @@ std::tuple<Tensor, Tensor> pconv3x3_backward(Tensor grad, Tensor x_partial, Tens
   const OptionalTensor dw = wanted(output_mask[1], w, type);
   fasternet::pconv3x3_backward(
       {dtype_of(type), grad.size(0), all ? grad.size(1) : c_partial, grad.size(2), grad.size(3), c_partial,
-       incoming.data(), incoming.stride, x.data(), x.stride, w.const_data_ptr(), pointer(dx), pointer(dw)},
+       incoming.data(), incoming.stride, x.data(), x.stride, w.data(), pointer(dx), pointer(dw), w.channels_last()},
       torch_threads());
   Tensor dx_result = no_gradient(grad);
   if (dx && all) dx_result = finish(*dx, type, format_of(grad));
@@ -896,7 +918,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_gradients(const Tensor& grad, c
   const Tensor in = operand(x, weight.scalar_type());
   const ScalarType type = in.scalar_type(), compute = compute_type(type);
   const Pixels incoming(operand(grad, weight.scalar_type()));
-  const Tensor w = dense(weight, type);
+  const ConvWeight w(weight, type);
   const OptionalTensor factor = dense(scale, compute);
   OptionalTensor dx, dscale, dshift;
   if (mask[0]) dx = empty_image(x, x.size(1), x.size(2), x.size(3), type, MemoryFormat::ChannelsLast);
@@ -916,7 +938,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_gradients(const Tensor& grad, c
   args.grad_pixel_stride = incoming.stride;
   args.x = in.const_data_ptr();
   for (int d = 0; d < 4; ++d) args.x_stride[d] = in.stride(d);
-  args.weight = w.const_data_ptr();
+  args.weight = w.data();
+  args.weight_channels_last = w.channels_last();
   args.scale = const_pointer(factor);
   if (statistics) {
     args.y = statistics->z.data();

@@ -14,47 +14,73 @@ float widen(uint16_t bits) {
   return value;
 }
 
-// S: how the weights are stored, T: how they are packed.
+// One weight that is to be packed: S is how it is stored, T how it is packed.
 template <class S, class T>
-void pack_as(const Weight& weight, T* packed) {
-  const int64_t columns = weight.columns_as_outputs ? weight.kw : 1;  // kernel columns that are outputs
-  const int64_t outputs = columns * weight.n, taps = weight.kh * weight.kw;
-  const int64_t k = weight.c * taps / columns;
-  const int64_t width = kPanelBytes / static_cast<int64_t>(sizeof(T));
-  const int64_t n_padded = padded_n(outputs, sizeof(T));
-  const S* source = static_cast<const S*>(weight.data);
-  const T* scale = static_cast<const T*>(weight.scale);
-  const T* shift = static_cast<const T*>(weight.shift);
-  T* panel = packed;
-  for (int64_t n0 = 0; n0 < n_padded; n0 += width) {
-    const int64_t lanes = n_padded - n0 < width ? n_padded - n0 : width;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t output = n0 + lane, n = output % weight.n;
-      T* to = panel + lane;
-      if (output >= outputs) {
-        for (int64_t i = 0; i < k; ++i, to += lanes) *to = 0;
-        continue;
-      }
-      const double factor = scale ? static_cast<double>(scale[n]) : 1.0;
-      for (int64_t tap = output / weight.n; tap < taps; tap += columns) {
-        const S* from = source + n * weight.c * taps + tap;
-        for (int64_t c = 0; c < weight.c; ++c, from += taps, to += lanes) {
-          T value;
-          if constexpr (sizeof(S) == 2) {
-            value = static_cast<T>(widen(*from));
-          } else {
-            value = *from;
+struct Packing {
+  static constexpr int64_t kWidth = kPanelBytes / static_cast<int64_t>(sizeof(T));
+  const Weight& weight;
+  T* packed;
+  int64_t columns = weight.columns_as_outputs ? weight.kw : 1;  // kernel columns that are outputs
+  int64_t outputs = columns * weight.n, taps = weight.kh * weight.kw, k = weight.c * taps / columns;
+  int64_t tap_stride = weight.channels_last ? weight.c : 1, channel_stride = weight.channels_last ? 1 : taps;
+
+  static T load(const S* from) {
+    if constexpr (sizeof(S) == 2) {
+      return static_cast<T>(widen(*from));
+    } else {
+      return *from;
+    }
+  }
+
+  // The panel of the outputs from n0 on, some input channels of all its outputs at a time: they are few cache lines.
+  void panel(int64_t n0, int64_t lanes) const {
+    constexpr int64_t kRun = 16;
+    const S* const source = static_cast<const S*>(weight.data);
+    const T* const scale = static_cast<const T*>(weight.scale);
+    T* to = packed + n0 * k;
+    for (int64_t row = 0; row < taps; row += columns) {
+      for (int64_t c0 = 0; c0 < weight.c; c0 += kRun) {
+        const int64_t run = weight.c - c0 < kRun ? weight.c - c0 : kRun;
+        for (int64_t lane = 0; lane < lanes; ++lane) {
+          const int64_t output = n0 + lane, n = output % weight.n;
+          if (output >= outputs) {
+            for (int64_t i = 0; i < run; ++i) to[i * lanes + lane] = 0;
+            continue;
           }
-          *to = static_cast<T>(static_cast<double>(value) * factor);
+          const S* const from =
+              source + n * weight.c * taps + (row + output / weight.n) * tap_stride + c0 * channel_stride;
+          if (scale) {
+            const double factor = static_cast<double>(scale[n]);
+            for (int64_t i = 0; i < run; ++i) {
+              to[i * lanes + lane] = static_cast<T>(static_cast<double>(load(from + i * channel_stride)) * factor);
+            }
+          } else {
+            for (int64_t i = 0; i < run; ++i) to[i * lanes + lane] = load(from + i * channel_stride);
+          }
         }
+        to += run * lanes;
       }
     }
-    panel += lanes * k;
   }
-  for (int64_t n = 0; n < n_padded; ++n) *panel++ = (shift && n < outputs) ? shift[n % weight.n] : 0;
-  T* const end = packed + packed_elements(outputs, k, sizeof(T));
-  while (panel < end) *panel++ = 0;
-}
+
+  static void panels(void* context, int64_t begin, int64_t end) {
+    const Packing& self = *static_cast<const Packing*>(context);
+    const int64_t n_padded = padded_n(self.outputs, sizeof(T));
+    for (int64_t n0 = begin * kWidth; n0 < end * kWidth && n0 < n_padded; n0 += kWidth) {
+      self.panel(n0, n_padded - n0 < kWidth ? n_padded - n0 : kWidth);
+    }
+  }
+
+  void run(const ParallelFor& parallel) {
+    const int64_t n_padded = padded_n(outputs, sizeof(T));
+    parallel.run(parallel.context, (n_padded + kWidth - 1) / kWidth, panels, this);
+    const T* const shift = static_cast<const T*>(weight.shift);
+    T* to = packed + n_padded * k;
+    for (int64_t n = 0; n < n_padded; ++n) *to++ = (shift && n < outputs) ? shift[n % weight.n] : 0;
+    T* const end = packed + packed_elements(outputs, k, sizeof(T));
+    while (to < end) *to++ = 0;
+  }
+};
 
 }  // namespace
 
@@ -67,14 +93,14 @@ int64_t packed_size(const Weight& weight) {
   return packed_size(weight.dtype, columns * weight.n, weight.c * weight.kh * weight.kw / columns);
 }
 
-void pack(const Weight& weight, void* packed) {
+void pack(const Weight& weight, void* packed, const ParallelFor& parallel) {
   switch (weight.dtype) {
     case DType::kFloat32:
-      return pack_as<float, float>(weight, static_cast<float*>(packed));
+      return Packing<float, float>{weight, static_cast<float*>(packed)}.run(parallel);
     case DType::kFloat64:
-      return pack_as<double, double>(weight, static_cast<double*>(packed));
+      return Packing<double, double>{weight, static_cast<double*>(packed)}.run(parallel);
     case DType::kBFloat16:
-      return pack_as<uint16_t, float>(weight, static_cast<float*>(packed));
+      return Packing<uint16_t, float>{weight, static_cast<float*>(packed)}.run(parallel);
   }
 }
 
@@ -98,6 +124,7 @@ void pack_fast(const Weight& weight, void* packed) {
                                      {1. / 24, -1. / 12, 1. / 6},
                                      {0, 0, 1}};
   const float* const filters = static_cast<const float*>(weight.data);
+  const auto tap_stride = static_cast<size_t>(weight.channels_last ? weight.c : 1);
   std::vector<float> transformed(static_cast<size_t>(weight.n * weight.c));
   Weight product;
   product.data = transformed.data();
@@ -107,9 +134,10 @@ void pack_fast(const Weight& weight, void* packed) {
   for (const auto& row : kRows) {
     for (const auto& column : kColumns) {
       for (size_t i = 0; i < transformed.size(); ++i) {
+        const float* const filter = filters + (weight.channels_last ? i + i / tap_stride * 8 * tap_stride : 9 * i);
         double sum = 0;
         for (size_t tap = 0; tap < 9; ++tap) {
-          sum += row[tap / 3] * column[tap % 3] * static_cast<double>(filters[9 * i + tap]);
+          sum += row[tap / 3] * column[tap % 3] * static_cast<double>(filter[tap * tap_stride]);
         }
         transformed[i] = static_cast<float>(sum);
       }

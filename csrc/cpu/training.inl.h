@@ -525,12 +525,28 @@ void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int
   }
 }
 
+// A weight of a convolution as it came: (out, in, taps), or channels-last, (out, taps, in).
+template <class S>
+struct ConvWeight {
+  S* data;
+  int64_t in, taps;  // extents
+  bool channels_last;
+  int64_t out_stride() const { return in * taps; }
+  int64_t in_stride() const { return channels_last ? 1 : taps; }
+  int64_t tap_stride() const { return channels_last ? in : 1; }
+  S* at(int64_t n, int64_t c, int64_t tap) const {
+    return data + n * out_stride() + c * in_stride() + tap * tap_stride();
+  }
+};
+
 // Packs output channels [n0, n1) of the 3x3 kernel w (c_partial, c_partial, 3, 3) for PConvTile, or with `transposed`
 // of the one that takes gradients of the output to gradients of the input.
 template <class S, class T>
-void pack_conv3x3(const S* w, int64_t c_partial, bool transposed, int64_t n0, int64_t n1, T* out) {
+void pack_conv3x3(const ConvWeight<const S>& w, bool transposed, int64_t n0, int64_t n1, T* out) {
   constexpr int64_t kWidth = panel_width<T>(), kRun = 16;
-  const int64_t n_stride = transposed ? 9 : 9 * c_partial, c_stride = transposed ? 9 * c_partial : 9;
+  const int64_t c_partial = w.in, tap_stride = w.tap_stride();
+  const int64_t n_stride = transposed ? w.in_stride() : w.out_stride(),
+                c_stride = transposed ? w.out_stride() : w.in_stride();
   const int64_t width = n1 - n0, n = 3 * width, n_padded = padded_n(n, sizeof(T)), depth = 3 * c_partial;
   const int64_t last = (n - 1) / kWidth * kWidth, last_lanes = n_padded - last;
   for (int64_t k = 0; k < depth; ++k) {
@@ -544,10 +560,10 @@ void pack_conv3x3(const S* w, int64_t c_partial, bool transposed, int64_t n0, in
           const int64_t lanes = panel == last ? last_lanes : kWidth;
           T* const to = out + panel * depth + at - panel;
           for (int64_t c = c0; c < clip(c0 + kRun, c_partial); ++c) {
-            const S* const taps = w + (n0 + o) * n_stride + c * c_stride;
+            const S* const taps = w.data + (n0 + o) * n_stride + c * c_stride;
             for (int64_t row = 0; row < 3; ++row) {
               const int64_t tap = 3 * row + column;
-              to[(row * c_partial + c) * lanes] = to_compute(taps[transposed ? 8 - tap : tap]);
+              to[(row * c_partial + c) * lanes] = to_compute(taps[(transposed ? 8 - tap : tap) * tap_stride]);
             }
           }
         }
@@ -737,8 +753,9 @@ inline int64_t padded_elements(const Tiling& tiling, int64_t channels) {
 // The 3x3 convolution of the first c_partial channels of x, or its transpose: store(tile, first channel, channels, u,
 // u_stride) takes the rows of u of a tile, some channels at a time.
 template <class W, class S, class T, class F>
-void conv3x3_all(const Image<S>& x, int64_t c_partial, const W* w, bool transposed, const Extent& extent,
+void conv3x3_all(const Image<S>& x, const ConvWeight<const W>& w, bool transposed, const Extent& extent,
                  const ParallelFor& parallel, const F& store) {
+  const int64_t c_partial = w.in;
   const Tiling& tiling = extent.tiling;
   const Share share(extent.pixels, c_partial, 9 * c_partial, parallel.num_threads);
   share_out(parallel, share, tiling.tiles, c_partial, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
@@ -752,7 +769,7 @@ void conv3x3_all(const Image<S>& x, int64_t c_partial, const W* w, bool transpos
         packed = carver.take<T>(packed_elements(3 * channels, 3 * c_partial, sizeof(T)));
         pconv.carve(&carver, x, tiling);
       }
-      pack_conv3x3(w, c_partial, transposed, b0, b0 + channels, packed);
+      pack_conv3x3(w, transposed, b0, b0 + channels, packed);
       pconv.w.data = packed;
       for (int64_t i = tile0; i < tile1; ++i) {
         const Tiling::Tile t = tiling.tile(i);
@@ -764,9 +781,9 @@ void conv3x3_all(const Image<S>& x, int64_t c_partial, const W* w, bool transpos
 }
 // u[pixels][u_stride] = the 3x3 convolution of the first c_partial channels of x.
 template <class S, class T>
-void conv3x3_rows(const Image<S>& x, int64_t c_partial, const S* w, const Extent& extent, T* u, int64_t u_stride,
+void conv3x3_rows(const Image<S>& x, const ConvWeight<const S>& w, const Extent& extent, T* u, int64_t u_stride,
                   const ParallelFor& parallel) {
-  conv3x3_all<S, S, T>(x, c_partial, w, false, extent, parallel,
+  conv3x3_all<S, S, T>(x, w, false, extent, parallel,
                        [&](const Tiling::Tile& t, int64_t first, int64_t channels, const T* rows, int64_t stride) {
                          copy_rows<T, T>(rows, stride, t.pixels(), channels, static_cast<const T*>(nullptr),
                                          u + t.pixel(extent.width) * u_stride + first, u_stride);
@@ -781,7 +798,9 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
   const Extent extent(args.batch, args.height, args.width);
   const Tiling& tiling = extent.tiling;
   const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
-  const S *const w_partial = static_cast<const S*>(args.w_partial), *const w_pw = static_cast<const S*>(args.w_pw);
+  const ConvWeight<const S> w_partial = {static_cast<const S*>(args.w_partial), c_partial, 9,
+                                         args.w_partial_channels_last};
+  const S* const w_pw = static_cast<const S*>(args.w_pw);
   S* const z = static_cast<S*>(args.z);
   const Share share(extent.pixels, c_out, channels, parallel.num_threads);
   const bool fused = share.tile_by_tile(c_out);
@@ -794,7 +813,7 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
     statistics.take(&shared, tiling.tiles, c_out);
     u_all = shared.take<T>(fused ? 0 : extent.pixels * u_stride);
   }
-  if (!fused) conv3x3_rows<S, T>(x, c_partial, w_partial, extent, u_all, u_stride, parallel);
+  if (!fused) conv3x3_rows<S, T>(x, w_partial, extent, u_all, u_stride, parallel);
   share_out(parallel, share, tiling.tiles, c_out, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
     T *packed_partial = nullptr, *packed, *out;
     RowGroup<T>* groups;
@@ -812,7 +831,7 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
       mixed.carve(&carver, args.x_pixel_stride, tiling);
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
-    if (fused) pack_conv3x3(w_partial, c_partial, false, 0, c_partial, packed_partial);
+    if (fused) pack_conv3x3(w_partial, false, 0, c_partial, packed_partial);
     pconv.w.data = packed_partial;
     for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
       const int64_t b1 = clip(b0 + share.block, n1);
@@ -1177,14 +1196,14 @@ struct Conv3x3Gradients {
   const Extent* extent;
   const Chunks* chunks;
   int64_t c_partial;
-  const S* weight;
+  ConvWeight<const S> weight;
   const T* du;
   int64_t du_stride;
   const S* dy;
   int64_t dy_stride;
   S* dx;
   int64_t dx_stride;
-  S* dweight;
+  S* dweight;   // in the weight's order
   T* products;  // scratch: each chunk's sums by (output channel, kernel row, column and channel)
 
   int64_t tap_stride() const { return round_up(3 * c_partial, panel_width<T>()); }
@@ -1200,7 +1219,7 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
   const int64_t height = extent.height, width = extent.width;
   if (args.dx) {
     const Image<T> image = channels_last<T>(args.du, height, width, du_stride);
-    conv3x3_all<S, T, T>(image, c_partial, args.weight, true, extent, parallel,
+    conv3x3_all<S, T, T>(image, args.weight, true, extent, parallel,
                          [&](const Tiling::Tile& t, int64_t first, int64_t channels, const T* rows, int64_t stride) {
                            const int64_t pixel = t.pixel(width);
                            for (int64_t p = 0; p < t.pixels(); ++p) {
@@ -1259,11 +1278,12 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
           const T* const part = sum + chunk * c_partial * 3 * tap_stride;
           for (int64_t k = 0; k < 3 * tap_stride; ++k) sum[k] += part[k];
         }
-        for (int64_t c = 0; c < c_partial; ++c) {
-          for (int64_t tap = 0; tap < 9; ++tap) {
-            const T value = tiling.tiles ? sum[tap / 3 * tap_stride + tap % 3 * c_partial + c] : T(0);
-            to_storage(value, args.dweight + (n * c_partial + c) * 9 + tap);
-          }
+        const ConvWeight<S> dweight = {args.dweight, c_partial, 9, args.weight.channels_last};
+        for (int64_t tap = 0; tap < 9; ++tap) {
+          const T* const row = sum + tap / 3 * tap_stride + tap % 3 * c_partial;
+          S* const to = dweight.at(n, 0, tap);
+          const int64_t stride = dweight.in_stride();
+          for (int64_t c = 0; c < c_partial; ++c) to_storage(tiling.tiles ? row[c] : T(0), to + c * stride);
         }
       }
     });
@@ -1281,7 +1301,9 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   const Tiling& tiling = extent.tiling;
   const Chunks chunks(tiling.tiles, extent.pixels, channels * c_out);
   const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
-  const S *const w_partial = static_cast<const S*>(args.w_partial), *const w_pw = static_cast<const S*>(args.w_pw);
+  const ConvWeight<const S> w_partial = {static_cast<const S*>(args.w_partial), c_partial, 9,
+                                         args.w_partial_channels_last};
+  const S* const w_pw = static_cast<const S*>(args.w_pw);
   const S* const dy = static_cast<const S*>(args.dy);
   S *const dx = static_cast<S*>(args.dx), *const dw_partial = static_cast<S*>(args.dw_partial),
            *const dw_pw = static_cast<S*>(args.dw_pw);
@@ -1389,7 +1411,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
         groups = carver.take<RowGroup<T>>(tiling.max_groups());
       }
       clear(rows, tiling.max_pixels() * all_stride);
-      pack_conv3x3(w_partial, c_partial, false, 0, c_partial, packed_partial);
+      pack_conv3x3(w_partial, false, 0, c_partial, packed_partial);
       pack_operand<S, T>(w_pw, 1, channels, n_du, c_out, nullptr, nullptr, packed);
       pconv.w.data = packed_partial;
       const Packed<T> pw(packed, n_du, c_out);
@@ -1446,7 +1468,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     int64_t block = 10 * kRowUnit;
     while (block > 5 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
     const int64_t dz_stride = row_pitch<T>(block);
-    conv3x3_rows<S, T>(x, c_partial, w_partial, extent, u, u_stride, parallel);
+    conv3x3_rows<S, T>(x, w_partial, extent, u, u_stride, parallel);
     share_chunks(parallel, chunks, c_out, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
       T *dz, *rows, *own;
       Carver carver;
@@ -1501,9 +1523,18 @@ void pconv3x3_backward_as(const PConv3x3Backward& args, const ParallelFor& paral
   const S* const grad = static_cast<const S*>(args.grad);
   S* const dx = static_cast<S*>(args.dx);
   const int64_t du_stride = row_pitch<T>(c_partial);
-  Conv3x3Gradients<S, T> gradients = {
-      &extent, &chunks, c_partial, static_cast<const S*>(args.weight), nullptr, du_stride, nullptr,
-      0,       dx,      channels,  static_cast<S*>(args.dweight),      nullptr};
+  Conv3x3Gradients<S, T> gradients = {&extent,
+                                      &chunks,
+                                      c_partial,
+                                      {static_cast<const S*>(args.weight), c_partial, 9, args.weight_channels_last},
+                                      nullptr,
+                                      du_stride,
+                                      nullptr,
+                                      0,
+                                      dx,
+                                      channels,
+                                      static_cast<S*>(args.dweight),
+                                      nullptr};
   T* du;
   Carver shared;
   for (int round = 0; round < 2; ++round) {
@@ -1559,7 +1590,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
   const Tiling& tiling = extent.tiling;
   const Chunks chunks(tiling.tiles, extent.pixels, c_out * depth);
   const Image<S> x = image<S>(args.x, args.x_stride);
-  const S* const weight = static_cast<const S*>(args.weight);
+  const ConvWeight<const S> weight = {static_cast<const S*>(args.weight), channels, taps, args.weight_channels_last};
   TotalGradient<S, T> total = {static_cast<const S*>(args.grad),
                                args.grad_pixel_stride,
                                static_cast<const S*>(args.y),
@@ -1571,27 +1602,33 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
   S *const dx = static_cast<S*>(args.dx), *const dweight = static_cast<S*>(args.dweight);
   const bool need_products = dweight || args.dscale;
   const int64_t product_stride = round_up(depth, panel_width<T>());
-  T *in_order, *products;  // the weight with its rows in the order of K, and each chunk's P
+  const bool as_it_is = Same<S, T>::value && args.weight_channels_last;
+  const T* in_order = nullptr;  // the weight with its rows in the order of K
+  T *copied, *products;         // that, where it is not as it is, and each chunk's P
   double* dshifts;
   Carver shared;
   for (int round = 0; round < 2; ++round) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
     total.take(&shared, c_out);
-    in_order = shared.take<T>(c_out * depth);
+    copied = shared.take<T>(as_it_is ? 0 : c_out * depth);
     products = shared.take<T>(need_products ? chunks.count * c_out * product_stride : 0);
     dshifts = shared.take<double>(args.dshift ? chunks.count * c_out : 0);
   }
   total.prepare(args.dmean, args.dm2, c_out, extent.pixels);
-  if (dx || args.dscale) {
+  if constexpr (Same<S, T>::value) {
+    if (as_it_is) in_order = weight.data;
+  }
+  if (!in_order && (dx || args.dscale)) {
     parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
         for (int64_t c = 0; c < channels; ++c) {
-          const S* const from = weight + (n * channels + c) * taps;
-          T* const to = in_order + n * depth + c;
-          for (int64_t tap = 0; tap < taps; ++tap) to[tap * channels] = to_compute(from[tap]);
+          for (int64_t tap = 0; tap < taps; ++tap) {
+            copied[n * depth + tap * channels + c] = to_compute(*weight.at(n, c, tap));
+          }
         }
       }
     });
+    in_order = copied;
   }
 
   if (dx) {
@@ -1735,9 +1772,10 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
         static_cast<T*>(args.dscale)[n] = static_cast<T>(sum);
       }
       const T factor = scale ? scale[n] : T(1);
-      for (int64_t c = 0; dweight && c < channels; ++c) {
-        S* const to = dweight + (n * channels + c) * taps;
-        for (int64_t tap = 0; tap < taps; ++tap) to_storage(sums[tap * channels + c] * factor, to + tap);
+      if (!dweight) continue;
+      const ConvWeight<S> to = {dweight, channels, taps, args.weight_channels_last};
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t c = 0; c < channels; ++c) to_storage(sums[tap * channels + c] * factor, to.at(n, c, tap));
       }
     }
   });

@@ -571,11 +571,13 @@ def sum_weight_kernel(
     SIZE: tl.constexpr,
     K: tl.constexpr,
     CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A weight's gradient of SIZE elements from its partial sums: in its rows of K,
-    k = tap * CHANNELS + channel becomes PyTorch's channel * taps + tap."""
+    k = tap * CHANNELS + channel stays in channels_last memory and else becomes
+    channel * taps + tap."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     for s0 in range(0, programs, BLOCK_S):
@@ -586,8 +588,10 @@ def sum_weight_kernel(
             other=0.0,
         )
         total += tl.sum(part, 0)
-    k = i % K
-    place = i - k + k % CHANNELS * (K // CHANNELS) + k // CHANNELS
+    place = i
+    if not CHANNELS_LAST:
+        k = i % K
+        place = i - k + k % CHANNELS * (K // CHANNELS) + k // CHANNELS
     tl.store(dw_ptr + place, total.to(dw_ptr.dtype.element_ty), mask=i < SIZE)
 
 
@@ -681,7 +685,7 @@ def _weight_gradient(
     Args:
         g: the gradient of the convolution's output, further channels allowed, times ``factor``.
         a, operand, u, bn, act: the convolution's input, see weight_gradient_kernel.
-        weight: PyTorch's; the result has its shape and dtype.
+        weight: PyTorch's; the result has its shape, dtype and memory format.
         factor: (C_out) that multiplied the convolution's output, or None.
         statistics: (z, dmean, dm2, mean) that g is completed by, or None.
         sample: (B) that multiplies g, or None.
@@ -754,7 +758,8 @@ def _weight_gradient(
     )
     # Before the factor in float32.
     dtype = weight.dtype if factor is None else torch.float32
-    total = torch.empty(weight.shape, dtype=dtype, device=g.device)
+    order = reference.memory_format(weight)
+    total = torch.empty(weight.shape, dtype=dtype, device=g.device, memory_format=order)
     at_once = power_of_2(min(programs, 16), least=1)
     size = block(n * k, 256, rows=at_once)
     launch(
@@ -766,6 +771,7 @@ def _weight_gradient(
         SIZE=n * k,
         K=k,
         CHANNELS=channels,
+        CHANNELS_LAST=order == torch.channels_last,
         BLOCK_S=at_once,
         BLOCK=size,
         num_warps=4,
