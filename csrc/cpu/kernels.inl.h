@@ -21,6 +21,8 @@
 // one.
 #include <math.h>
 
+#include <utility>
+
 #include "kernels.h"
 
 #if defined(__clang__)

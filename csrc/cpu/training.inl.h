@@ -470,58 +470,93 @@ struct Statistics {
 
 // ---- Operands -------------------------------------------------------------------------------------------------------
 
+// Lane j of row i and lane i of row j change places: in each round the rows, and the lanes, whose numbers differ in
+// one bit.
+#if defined(__clang__) || __GNUC__ >= 12
+#define FASTERNET_TRANSPOSE
+template <int kBit, class V, int... kLane>
+inline void exchange(V* low, V* high, std::integer_sequence<int, kLane...>) {
+  constexpr int kLanes = sizeof...(kLane);
+  const V a = *low, b = *high;
+  *low = __builtin_shufflevector(a, b, (kLane & kBit ? kLanes + kLane - kBit : kLane)...);
+  *high = __builtin_shufflevector(a, b, (kLane & kBit ? kLanes + kLane : kLane + kBit)...);
+}
+template <int kBit, int kLanes, class V>
+inline void transpose(V* rows) {
+  if constexpr (kBit < kLanes) {
+    for (int i = 0; i < kLanes; ++i) {
+      if (!(i & kBit)) exchange<kBit>(rows + i, rows + i + kBit, std::make_integer_sequence<int, kLanes>());
+    }
+    transpose<2 * kBit, kLanes>(rows);
+  }
+}
+#endif
+
+// to[i][lane] = w[lane * n_stride + i * k_stride] for i < k: rows of kWidth lanes, of which `valid` are there and the
+// others zero, or of half as many.
+template <class S, class T>
+void pack_panel(const S* w, int64_t n_stride, int64_t k_stride, int64_t lanes, int64_t valid, int64_t k, T* to) {
+  constexpr int64_t kWidth = panel_width<T>(), kRun = 16;
+  int64_t k0 = 0;
+#ifdef FASTERNET_TRANSPOSE
+  if constexpr (Same<T, float>::value) {
+    if (k_stride == 1 && valid == kWidth) {
+      for (; k0 + kFloatLanes <= k; k0 += kFloatLanes) {
+        for (int64_t lane = 0; lane < kWidth; lane += kFloatLanes) {
+          LanesOf<T> rows[kFloatLanes];
+          for (int i = 0; i < kFloatLanes; ++i) rows[i] = load_as<LanesOf<T>>(w + (lane + i) * n_stride + k0);
+          transpose<1, kFloatLanes>(rows);
+          for (int i = 0; i < kFloatLanes; ++i) store(to + (k0 + i) * kWidth + lane, rows[i]);
+        }
+      }
+    }
+  }
+#endif
+  for (; k0 < k; k0 += kRun) {  // a cache line of each output channel at a time
+    const int64_t run = clip(kRun, k - k0);
+    T* const block = to + k0 * lanes;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const S* const source = w + lane * n_stride + k0 * k_stride;
+      for (int64_t i = 0; i < run; ++i)
+        block[i * lanes + lane] = lane < valid ? to_compute(source[i * k_stride]) : T(0);
+    }
+  }
+}
+
 // Packs B[k][n] = w[n * n_stride + k * k_stride] * n_scale[n] * k_scale[k] in the panels of Packed, without a shift.
 // One of the strides is 1.
 template <class S, class T>
 void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int64_t k, const T* n_scale,
                   const T* k_scale, T* out) {
-  constexpr int64_t kWidth = panel_width<T>();
-  constexpr int64_t kRun = 16;
+  constexpr int64_t kWidth = panel_width<T>(), kPanels = 4, kAhead = 16;
   const int64_t n_padded = padded_n(n, sizeof(T));
-  if (n_stride == 1 && !n_scale) {
-    for (int64_t i = 0; i < k; ++i) {
-      const T factor = k_scale ? k_scale[i] : T(1);
-      for (int64_t n0 = 0; n0 < n_padded; n0 += kWidth) {
-        const int64_t lanes = clip(kWidth, n_padded - n0), valid = clip(lanes, n - n0);
+  int64_t n0 = 0;
+  if (n_stride == 1) {
+    // Each row of a wide weight lies in a page of its own, so several panels at a time.
+    for (; n0 + kPanels * kWidth <= n; n0 += kPanels * kWidth) {
+      T* const to = out + n0 * k;
+      for (int64_t i = 0; i < k; ++i) {
         const S* const source = w + n0 + i * k_stride;
-        __builtin_prefetch(source + kRun * k_stride);  // each row of a wide weight lies in a page of its own
-        T* const row = out + n0 * k + i * lanes;
-        if (valid == kWidth) {
-          for (int64_t lane = 0; lane < kWidth; ++lane) row[lane] = to_compute(source[lane]) * factor;
-        } else {
-          for (int64_t lane = 0; lane < valid; ++lane) row[lane] = to_compute(source[lane]) * factor;
-          for (int64_t lane = valid; lane < lanes; ++lane) row[lane] = 0;
-        }
-        if (n_scale) {
-          for (int64_t lane = 0; lane < valid; ++lane) row[lane] *= n_scale[n0 + lane];
+        for (int64_t panel = 0; panel < kPanels; ++panel) {
+          __builtin_prefetch(source + kAhead * k_stride + panel * kWidth);
+          T* const row = to + (panel * k + i) * kWidth;
+          for (int64_t lane = 0; lane < kWidth; ++lane) row[lane] = to_compute(source[panel * kWidth + lane]);
         }
       }
     }
-    return;
   }
-  for (int64_t n0 = 0; n0 < n_padded; n0 += kWidth) {
+  for (; n0 < n_padded; n0 += kWidth) {
+    const int64_t lanes = clip(kWidth, n_padded - n0);
+    pack_panel<S, T>(w + n0 * n_stride, n_stride, k_stride, lanes, clip(lanes, n - n0), k, out + n0 * k);
+  }
+  if (!n_scale && !k_scale) return;
+  for (n0 = 0; n0 < n_padded; n0 += kWidth) {
     const int64_t lanes = clip(kWidth, n_padded - n0), valid = clip(lanes, n - n0);
-    // A cache line of each output channel at a time.
-    for (int64_t k0 = 0; k0 < k; k0 += kRun) {
-      const int64_t run = clip(kRun, k - k0);
-      T* const block = out + k0 * lanes;
-      for (int64_t lane = 0; lane < lanes; ++lane) {
-        const S* const source = w + (n0 + lane) * n_stride + k0;
-        if (lane >= valid) {
-          for (int64_t i = 0; i < run; ++i) block[i * lanes + lane] = 0;
-        } else if (run == kRun && lanes == kWidth) {
-          for (int64_t i = 0; i < kRun; ++i) block[i * kWidth + lane] = to_compute(source[i]);
-        } else {
-          for (int64_t i = 0; i < run; ++i) block[i * lanes + lane] = to_compute(source[i]);
-        }
-      }
-      if (n_scale) {
-        for (int64_t i = 0; i < run; ++i) {
-          for (int64_t lane = 0; lane < valid; ++lane) block[i * lanes + lane] *= n_scale[n0 + lane];
-        }
-      }
+    for (int64_t i = 0; i < k; ++i) {
+      T* const row = out + n0 * k + i * lanes;
+      const T factor = k_scale ? k_scale[i] : T(1);
+      for (int64_t lane = 0; lane < valid; ++lane) row[lane] *= factor * (n_scale ? n_scale[n0 + lane] : T(1));
     }
-    out += lanes * k;
   }
 }
 
@@ -549,6 +584,16 @@ void pack_conv3x3(const ConvWeight<const S>& w, bool transposed, int64_t n0, int
                 c_stride = transposed ? w.out_stride() : w.in_stride();
   const int64_t width = n1 - n0, n = 3 * width, n_padded = padded_n(n, sizeof(T)), depth = 3 * c_partial;
   const int64_t last = (n - 1) / kWidth * kWidth, last_lanes = n_padded - last;
+  if (w.channels_last && width % kWidth == 0) {  // whole panels of one kernel column
+    for (int64_t at = 0; at < n; at += kWidth) {
+      for (int64_t row = 0; row < 3; ++row) {
+        const int64_t tap = 3 * row + at / width;
+        pack_panel<S, T>(w.data + (transposed ? 8 - tap : tap) * tap_stride + (n0 + at % width) * n_stride, n_stride,
+                         c_stride, kWidth, kWidth, c_partial, out + at * depth + row * c_partial * kWidth);
+      }
+    }
+    return;
+  }
   for (int64_t k = 0; k < depth; ++k) {
     for (int64_t j = n - last; j < last_lanes; ++j) out[last * depth + k * last_lanes + j] = 0;
   }

@@ -1,4 +1,6 @@
 // The packed layout that fasternet_cpu.h promises: panels of one cache line by K rows, K over (row, column, channel).
+#include <cstring>
+
 #include "testing.h"
 
 namespace {
@@ -77,8 +79,41 @@ void test_pconv_layout(int64_t n) {
   check(padding_zero, name, "padding or the shift is not zero");
 }
 
+// The same bits of weights in channels-last memory, and with threads.
+template <class T>
+void test_order(int64_t n, int64_t c, int64_t kh, int64_t kw, First first) {
+  const std::string name = std::string("pack of channels-last ") + Storage<T>::kName + " " + std::to_string(n) + "x" +
+                           std::to_string(c) + "x" + std::to_string(kh) + "x" + std::to_string(kw);
+  const bool pconv = first != First::kOther;
+  const auto filter = Filter<T>::random(1, n, c, kh, kw, !pconv, !pconv);
+  const auto last = filter.reordered();
+  const Packed<T> expected({&filter}, first), packed({&last}, first);
+  fasternet::Weight weight;
+  weight.data = last.weight.data();
+  weight.channels_last = true;
+  weight.dtype = Storage<T>::kDType;
+  weight.n = n, weight.c = c, weight.kh = kh, weight.kw = kw;
+  weight.scale = pconv ? nullptr : last.scale.data();
+  weight.shift = pconv ? nullptr : last.shift.data();
+  weight.columns_as_outputs = pconv;
+  const auto size = static_cast<size_t>(fasternet::packed_size(weight));
+  size_t all = size;
+  if (first == First::kFastPConv) all += static_cast<size_t>(fasternet::packed_fast_size(weight.dtype, n));
+  check(std::memcmp(packed.data(), expected.data(), all * sizeof(Compute<T>)) == 0, name, "other bits");
+  Threads three(3);
+  std::vector<Compute<T>> shared(size, std::numeric_limits<Compute<T>>::quiet_NaN());
+  fasternet::pack(weight, shared.data(), three.parallel());
+  check(std::memcmp(shared.data(), expected.data(), size * sizeof(Compute<T>)) == 0, name, "other bits with 3 threads");
+}
+
 template <class T>
 void test_type() {
+  for (First first : {First::kPConv, First::kFastPConv}) {
+    for (int64_t n : {1, 10, 16, 24, 36, 64}) test_order<T>(n, n, 3, 3, first);
+  }
+  test_order<T>(40, 3, 4, 4, First::kOther);
+  test_order<T>(37, 21, 2, 3, First::kOther);
+  test_order<T>(33, 40, 1, 1, First::kOther);
   for (int64_t n : {1, 2, 5, 8, 10, 16, 36}) test_pconv_layout<T>(n);
   for (int64_t n : {1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 25, 31, 32, 33, 40}) {
     test_layout<T>(n, 3, 3, 3, false, false);

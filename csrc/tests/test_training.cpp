@@ -116,6 +116,7 @@ struct Block {
       : c(c),
         hidden{c.shape.batch, c.shape.height, c.shape.width, c.c_hidden},
         partial(Filter<T>::random(2, c.c_partial, c.c_partial, 3, 3, false, false)),
+        partial_last(partial.reordered()),
         pw1(Filter<T>::random(3, c.c_hidden, c.shape.channels, 1, 1, false, false)),
         pw2(Filter<T>::random(4, c.shape.channels, c.c_hidden, 1, 1, false, false)),
         x(c.shape, Layout::kChannelsLast, c.slice),
@@ -138,10 +139,12 @@ struct Block {
   int64_t pixels() const { return c.shape.batch * c.shape.height * c.shape.width; }
 
   // ---- pw_stats
-  void run_pw_stats(Tensor<T>* out, Tensor<Compute<T>>* m, Tensor<Compute<T>>* m2, const ParallelFor& parallel) const {
+  void run_pw_stats(Tensor<T>* out, Tensor<Compute<T>>* m, Tensor<Compute<T>>* m2, const ParallelFor& parallel,
+                    bool channels_last = false) const {
     fasternet::pw_stats(
         {Storage<T>::kDType, c.shape.batch, c.shape.channels, c.shape.height, c.shape.width, c.c_partial, c.c_hidden,
-         x.data(), x.pixel_stride(), partial.weight.data(), pw1.weight.data(), out->data(), m->data(), m2->data()},
+         x.data(), x.pixel_stride(), (channels_last ? partial_last : partial).weight.data(), pw1.weight.data(),
+         out->data(), m->data(), m2->data(), channels_last},
         parallel);
   }
   void test_pw_stats() const {
@@ -382,7 +385,8 @@ struct Block {
           dw_partial(row<T>(9 * b.c.c_partial * b.c.c_partial)),
           dw_pw(row<T>(b.c.shape.channels * b.c.c_hidden)) {}
   };
-  void run_stats_backward(StatsResults* r, unsigned wanted, const ParallelFor& parallel) const {
+  void run_stats_backward(StatsResults* r, unsigned wanted, const ParallelFor& parallel,
+                          bool channels_last = false) const {
     fasternet::PwStatsBackward args = {};
     args.dtype = Storage<T>::kDType;
     args.batch = c.shape.batch, args.channels = c.shape.channels;
@@ -393,7 +397,8 @@ struct Block {
     args.x = x.data(), args.x_pixel_stride = x.pixel_stride();
     args.z = z.data(), args.z_pixel_stride = z.pixel_stride();
     args.mean = mean.data();
-    args.w_partial = partial.weight.data(), args.w_pw = pw1.weight.data();
+    args.w_partial = (channels_last ? partial_last : partial).weight.data(), args.w_pw = pw1.weight.data();
+    args.w_partial_channels_last = channels_last;
     args.dy = c.with_dy ? grad.data() : nullptr, args.dy_pixel_stride = grad.pixel_stride();
     args.dx = wanted & 1 ? r->dx.data() : nullptr;
     args.dw_partial = wanted & 2 ? r->dw_partial.data() : nullptr;
@@ -421,18 +426,45 @@ struct Block {
   }
 
   // ---- pconv3x3_backward
-  void test_pconv3x3_backward() const {
-    Tensor<T> dx(c.shape), dw = row<T>(9 * c.c_partial * c.c_partial);
+  void run_pconv3x3_backward(Tensor<T>* dx, Tensor<T>* dw, bool channels_last) const {
     fasternet::pconv3x3_backward(
         {Storage<T>::kDType, c.shape.batch, c.shape.channels, c.shape.height, c.shape.width, c.c_partial, grad.data(),
-         grad.pixel_stride(), x.data(), x.pixel_stride(), partial.weight.data(), dx.data(), dw.data()},
+         grad.pixel_stride(), x.data(), x.pixel_stride(), (channels_last ? partial_last : partial).weight.data(),
+         dx->data(), dw->data(), channels_last},
         fasternet::serial());
+  }
+  void test_pconv3x3_backward() const {
+    Tensor<T> dx(c.shape), dw = row<T>(9 * c.c_partial * c.c_partial);
+    run_pconv3x3_backward(&dx, &dw, false);
     Values<double> exact_dx = grad.template dense<double>(), exact_dw;
     through_partial(grad.template dense<double>(), x.template dense<double>(), &exact_dx, &exact_dw);
     Values<Compute<T>> plain_dx = grad.template dense<Compute<T>>(), plain_dw;
     through_partial(grad.template dense<Compute<T>>(), x.template dense<Compute<T>>(), &plain_dx, &plain_dw);
     check_close("dx of pconv3x3 " + name, dx, exact_dx, plain_dx);
     check_close("dw of pconv3x3 " + name, dw, exact_dw, plain_dw);
+  }
+
+  // The same bits with w_partial in channels-last memory, its gradient in that order.
+  void test_channels_last_weight() const {
+    const auto same_weight_gradient = [&](const Tensor<T>& last, const Tensor<T>& plain) {
+      return last.template dense<double>() == partial.to_channels_last(plain.template dense<double>());
+    };
+    Tensor<T> out(hidden), expected_out(hidden);
+    Tensor<Compute<T>> m = row<Compute<T>>(c.c_hidden), m2 = m;
+    run_pw_stats(&expected_out, &m, &m2, fasternet::serial());
+    run_pw_stats(&out, &m, &m2, fasternet::serial(), true);
+    check(out.same_bits(expected_out), "pw_stats " + name, "other bits with a channels-last weight");
+    StatsResults r(*this), expected(*this);
+    run_stats_backward(&expected, 7, fasternet::serial());
+    run_stats_backward(&r, 7, fasternet::serial(), true);
+    check(r.dx.same_bits(expected.dx) && r.dw_pw.same_bits(expected.dw_pw) &&
+              same_weight_gradient(r.dw_partial, expected.dw_partial),
+          "pw_stats_backward " + name, "other bits with a channels-last weight");
+    Tensor<T> dx(c.shape), dw = row<T>(9 * c.c_partial * c.c_partial), expected_dx = dx, expected_dw = dw;
+    run_pconv3x3_backward(&expected_dx, &expected_dw, false);
+    run_pconv3x3_backward(&dx, &dw, true);
+    check(dx.same_bits(expected_dx) && same_weight_gradient(dw, expected_dw), "pconv3x3_backward " + name,
+          "other bits with a channels-last weight");
   }
 
   void test() const {
@@ -442,13 +474,14 @@ struct Block {
     test_act_backward();
     test_stats_backward();
     test_pconv3x3_backward();
+    test_channels_last_weight();
     check(x.same_bits(x_before) && z.same_bits(z_before) && dz.same_bits(dz_before) && grad.same_bits(grad_before),
           name, "an input changed");
   }
 
   Case c;
   Shape hidden;
-  Filter<T> partial, pw1, pw2;
+  Filter<T> partial, partial_last, pw1, pw2;
   Tensor<T> x, grad, z, dz;
   Tensor<Compute<T>> mean, scale, shift, dmean, dm2, layer, sample;
   std::string name;
@@ -467,8 +500,9 @@ void test_patches(const Shape& shape, int64_t c_out, int64_t kh, int64_t kw, Lay
   Tensor<T> grad(out, Layout::kChannelsLast, {1, c_out + 3});
   grad.fill(2);
   const auto filter = Filter<T>::random(3, c_out, shape.channels, kh, kw, with_scale, false);
+  const auto last = filter.reordered();
   const auto run = [&](Tensor<T>* dx, Tensor<T>* dw, Tensor<Compute<T>>* dscale, Tensor<Compute<T>>* dshift,
-                       const ParallelFor& parallel) {
+                       const ParallelFor& parallel, bool channels_last = false) {
     fasternet::PatchConvBackward args = {};
     args.dtype = Storage<T>::kDType;
     args.batch = shape.batch, args.channels = shape.channels, args.height = shape.height, args.width = shape.width;
@@ -476,7 +510,8 @@ void test_patches(const Shape& shape, int64_t c_out, int64_t kh, int64_t kw, Lay
     args.grad = grad.data(), args.grad_pixel_stride = grad.pixel_stride();
     args.x = x.data();
     for (int d = 0; d < 4; ++d) args.x_stride[d] = x.stride()[d];
-    args.weight = filter.weight.data();
+    args.weight = (channels_last ? last : filter).weight.data();
+    args.weight_channels_last = channels_last;
     args.scale = with_scale ? filter.scale.data() : nullptr;
     args.dx = dx->data(), args.dweight = dw->data();
     args.dscale = with_scale ? dscale->data() : nullptr, args.dshift = dshift->data();
@@ -508,6 +543,12 @@ void test_patches(const Shape& shape, int64_t c_out, int64_t kh, int64_t kw, Lay
   check_close("dw of " + name, dw, exact[1], plain[1]);
   if (with_scale) check_close("dscale of " + name, dscale, exact[2], plain[2]);
   check_close("dshift of " + name, dshift, exact[3], plain[3]);
+  Tensor<T> last_dx(shape), last_dw = row<T>(c_out * shape.channels * kh * kw);
+  Tensor<Compute<T>> last_dscale = row<Compute<T>>(c_out), last_dshift = last_dscale;
+  run(&last_dx, &last_dw, &last_dscale, &last_dshift, fasternet::serial(), true);
+  check(last_dx.same_bits(dx) && last_dshift.same_bits(dshift) && (!with_scale || last_dscale.same_bits(dscale)) &&
+            last_dw.template dense<double>() == filter.to_channels_last(dw.template dense<double>()),
+        name, "other bits with a channels-last weight");
   check_threads(name, [&](const ParallelFor& parallel) {
     Tensor<T> again(shape), again_dw = row<T>(c_out * shape.channels * kh * kw);
     Tensor<Compute<T>> again_scale = row<Compute<T>>(c_out), again_shift = again_scale;
@@ -542,6 +583,8 @@ void test_type() {
   Block<T>({{1, 3, 5, 300}, 70, 520}).test();
   Block<T>({{1, 2, 301, 12}, 3, 24}).test();
   Block<T>({{2, 1, 1, 40}, 10, 80}).test();
+  Block<T>({{1, 6, 5, 70}, 16, 130}).test();  // whole panels of one kernel column, wide weights
+  Block<T>({{1, 6, 5, 129}, 48, 70}).test();
   Block<T>({{0, 7, 7, 40}, 10, 80, Act::kGelu, true, true}).test();
 
   for (Layout layout : {Layout::kChannelsLast, Layout::kChannelsFirst}) {

@@ -285,10 +285,33 @@ struct Filter {
   int64_t n, c, kh, kw;
   std::vector<T> weight;
   std::vector<Compute<T>> scale, shift;  // empty: absent
+  bool channels_last = false;            // the weights lie as (n, kh, kw, c)
+
+  // The same filter in the other order.
+  Filter reordered() const {
+    Filter last = *this;
+    last.weight = to_channels_last(weight);
+    last.channels_last = true;
+    return last;
+  }
+  // Values of the weights' shape, (n, c, kh, kw), as (n, kh, kw, c).
+  template <class Value>
+  std::vector<Value> to_channels_last(const std::vector<Value>& values) const {
+    std::vector<Value> result;
+    const int64_t taps = kh * kw;
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t tap = 0; tap < taps; ++tap) {
+        for (int64_t channel = 0; channel < c; ++channel) {
+          result.push_back(values[static_cast<size_t>((i * c + channel) * taps + tap)]);
+        }
+      }
+    }
+    return result;
+  }
 
   // Weights of a size that keeps the variance of what they are applied to.
   static Filter random(uint32_t seed, int64_t n, int64_t c, int64_t kh, int64_t kw, bool with_scale, bool with_shift) {
-    Filter filter{n, c, kh, kw, {}, {}, {}};
+    Filter filter{n, c, kh, kw, {}, {}, {}, false};
     std::mt19937 engine(seed);
     std::normal_distribution<double> normal;
     std::uniform_real_distribution<double> uniform(0.5, 1.5);
@@ -329,6 +352,7 @@ class Packed {
     for (const Filter<T>* f : filters) {
       fasternet::Weight weight;
       weight.data = f->weight.data();
+      weight.channels_last = f->channels_last;
       weight.dtype = dtype;
       weight.n = f->n, weight.c = f->c, weight.kh = f->kh, weight.kw = f->kw;
       weight.scale = f->scale.empty() ? nullptr : f->scale.data();
