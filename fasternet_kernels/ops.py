@@ -288,9 +288,7 @@ def _(x, pack, c_out, kh, kw, channels_last=False):
 
 @_fake("patch_conv_backward")
 def _(grad, x, weight, scale, shift, output_mask):
-    return _wanted(
-        output_mask, _grad(x, grad), *(_grad(t, grad) for t in (weight, scale, shift))
-    )
+    return _wanted(output_mask, _grad(x, grad), *(_grad(t, grad) for t in (weight, scale, shift)))
 
 
 @_fake("head")
@@ -360,9 +358,7 @@ def _(z, mean, scale, shift, act):
 
 @_fake("bn_act_backward")
 def _(grad, z, mean, scale, shift, act, output_mask):
-    return _wanted(
-        output_mask, _grad(z, grad), *(_grad(t, grad) for t in (mean, scale, shift))
-    )
+    return _wanted(output_mask, _grad(z, grad), *(_grad(t, grad) for t in (mean, scale, shift)))
 
 
 @_fake("bn_act_recompute_backward")

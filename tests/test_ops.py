@@ -775,6 +775,38 @@ def test_gradients(name, dtype, kind):
             assert_right(g, e, rival, what=f"{name}: gradient {i}")
 
 
+@pytest.mark.parametrize("channels", [24, 64])
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp16"])
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_channels_last_weights(name, dtype, channels):
+    """The same bits, and gradients in the weights' memory format, which autograd takes as they
+    are."""
+    case = Case(2, channels, 5, 6)
+    op, _, args = differentiable(case, DTYPES[dtype], "gelu")[name]
+    incoming = incoming_gradient("channels_last")
+
+    def run(fmt):
+        leaves = []
+        for a in args:
+            if isinstance(a, torch.Tensor):
+                if a.dim() == 4 and a.shape[0] != case.batch:  # a weight
+                    a = a.to(memory_format=fmt)
+                a = a.detach().requires_grad_()
+            leaves.append(a)
+        outputs = op(*leaves)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        leaves = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        grads = torch.autograd.grad(
+            outputs, leaves, [incoming(i, o) for i, o in enumerate(outputs)]
+        )
+        for leaf, grad in zip(leaves, grads):
+            assert grad.stride() == leaf.stride()
+        return (*outputs, *grads)
+
+    for a, b in zip(run(torch.contiguous_format), run(torch.channels_last)):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("act", ACTS)
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_gradcheck(name, act, threads):
@@ -1115,6 +1147,7 @@ def opcheck_samples():
             pack = reference.pack([partial, pw1, w_pw2], [None, scale, None], [None, shift, None])
             pack_pw = reference.pack([partial, pw1], [None, scale], [None, shift])
             patch = randn(8, 16, 2, 2, seed=41, dtype=dtype)
+            partial, patch = (w.to(memory_format=fmt) for w in (partial, patch))
             w_conv, w_fc = (
                 randn(9, 16, 1, 1, seed=42, dtype=dtype),
                 randn(5, 9, seed=43, dtype=dtype),

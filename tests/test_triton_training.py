@@ -335,6 +335,21 @@ def test_layouts_of_the_gradient(name, kind):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("name", [name for name in SINGLE if name in BACKWARD])
+def test_channels_last_weights(name):
+    """Weights in channels_last memory have gradients in it, of the same bits."""
+    args, *others = arguments(SMALL, torch.float32)[name]
+    last = [
+        t.to(memory_format=torch.channels_last)
+        if isinstance(t, torch.Tensor) and t.dim() == 4
+        else t
+        for t in args
+    ]
+    expected = run(kernel(name.split()[0]), name, (args, *others))
+    for a, b in zip(check(name, (tuple(last), *others)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("name", PARITY)
 def test_nchw(name):
     """Images in PyTorch's default layout come out in it."""
