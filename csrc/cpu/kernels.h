@@ -68,11 +68,13 @@ void* scratch(Slot slot, int64_t bytes);
 // full of NaN, so that what is read before it is written shows in the result.
 #ifdef FASTERNET_GUARD_SCRATCH
 constexpr int64_t kScratchGap = 1024;
+constexpr bool kScratchStays = false;
 static inline void forbid(const char* begin, const char* end) {
   __asan_poison_memory_region(begin, static_cast<size_t>(end - begin));
 }
 #else
 constexpr int64_t kScratchGap = 0;
+constexpr bool kScratchStays = true;  // a slot that is asked for again for as many bytes holds what it held
 static inline void forbid(const char*, const char*) {}
 #endif
 

@@ -12,14 +12,16 @@
 // the number of threads.
 
 constexpr int64_t kColumnUnit = 32;        // columns are shared in multiples of it: whole tiles of the micro-kernels
+constexpr int64_t kPieceUnits = 4;         // of columns that a thread takes at least: it reads all pixels for them
 constexpr int64_t kPixelsPerThread = 512;  // with fewer, packing all weights for each thread shows: share columns
 constexpr int64_t kBlockElements = 144 << 10;  // of a packed weight that is walked with once for all tiles: fits L2
 constexpr int64_t kChunkPixels = 512;          // of one partial sum of a weight gradient, at least
 constexpr int64_t kSmallWeight = 64 << 10;     // a larger weight's partial sums cost more: twice the pixels
 constexpr int64_t kMaxChunks = 32;
-constexpr int64_t kRowUnit =
-    24;  // rows of a weight gradient are shared in multiples of it: of every micro-kernel's rows
-constexpr int64_t kSumRows = 16;  // values in one chain of additions
+// Rows of a weight gradient are shared in multiples of kRowUnit: of every micro-kernel's rows.
+constexpr int64_t kRowUnit = 24;
+constexpr int64_t kPieceRows = 10;  // units that a thread takes at least where it copies all pixels for them
+constexpr int64_t kSumRows = 16;    // values in one chain of additions
 
 // ---- Vectors of channels --------------------------------------------------------------------------------------------
 
@@ -725,15 +727,18 @@ struct Share {
   bool tile_by_tile(int64_t n) const { return !by_columns && block >= n; }
 };
 
-// run(tile0, tile1, n0, n1) on all tiles and all n columns.
+// run(tile0, tile1, n0, n1, packed_already) on all tiles and all n columns. packed_already: the thread has just run
+// other tiles, and the weight that it packed for all n columns is still there.
 template <class F>
 void share_out(const ParallelFor& parallel, const Share& share, int64_t tiles, int64_t n, const F& run) {
   if (share.by_columns) {
-    parallel_for(parallel, ceil_div(n, kColumnUnit), [&](int64_t begin, int64_t end) {
-      run(int64_t{0}, tiles, begin * kColumnUnit, clip(end * kColumnUnit, n));
+    parallel_pieces(parallel, ceil_div(n, kColumnUnit), kPieceUnits, [&](int64_t begin, int64_t end, bool) {
+      run(int64_t{0}, tiles, begin * kColumnUnit, clip(end * kColumnUnit, n), false);
     });
   } else {
-    parallel_for(parallel, tiles, [&](int64_t begin, int64_t end) { run(begin, end, int64_t{0}, n); });
+    parallel_pieces(parallel, tiles, 1, [&](int64_t begin, int64_t end, bool again) {
+      run(begin, end, int64_t{0}, n, again && share.block >= n);
+    });
   }
 }
 
@@ -749,11 +754,18 @@ struct Chunks {
   int64_t begin(int64_t chunk) const { return chunk * tiles / count; }
 };
 
-// run(chunk, n0, n1) on every chunk and all n columns, in multiples of `unit` columns.
+// run(chunk, n0, n1) on every chunk and all n columns; where there are few chunks in multiples of `unit` columns, at
+// least `least` units at a time.
 template <class F>
-void share_chunks(const ParallelFor& parallel, const Chunks& chunks, int64_t n, int64_t unit, const F& run) {
+void share_chunks(const ParallelFor& parallel, const Chunks& chunks, int64_t n, int64_t unit, int64_t least,
+                  const F& run) {
+  if (chunks.count >= 4 * parallel.num_threads) {
+    return parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
+      for (int64_t chunk = begin; chunk < end; ++chunk) run(chunk, int64_t{0}, n);
+    });
+  }
   const int64_t units = ceil_div(n, unit);
-  parallel_for(parallel, chunks.count * units, [&](int64_t begin, int64_t end) {
+  parallel_pieces(parallel, chunks.count * units, least, [&](int64_t begin, int64_t end, bool) {
     while (begin < end) {
       const int64_t chunk = begin / units, first = begin % units, last = clip(first + end - begin, units);
       run(chunk, first * unit, clip(last * unit, n));
@@ -803,26 +815,27 @@ void conv3x3_all(const Image<S>& x, const ConvWeight<const W>& w, bool transpose
   const int64_t c_partial = w.in;
   const Tiling& tiling = extent.tiling;
   const Share share(extent.pixels, c_partial, 9 * c_partial, parallel.num_threads);
-  share_out(parallel, share, tiling.tiles, c_partial, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
-    for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
-      const int64_t channels = clip(b0 + share.block, n1) - b0;
-      T* packed = nullptr;
-      PConvTile<S, T> pconv(nullptr, c_partial, channels);
-      Carver carver;
-      for (int round = 0; round < 2; ++round) {
-        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-        packed = carver.take<T>(packed_elements(3 * channels, 3 * c_partial, sizeof(T)));
-        pconv.carve(&carver, x, tiling);
-      }
-      pack_conv3x3(w, transposed, b0, b0 + channels, packed);
-      pconv.w.data = packed;
-      for (int64_t i = tile0; i < tile1; ++i) {
-        const Tiling::Tile t = tiling.tile(i);
-        pconv.run(x, extent.height, extent.width, t, extent.rows, nullptr);
-        store(t, b0, channels, pconv.u, pconv.u_stride);
-      }
-    }
-  });
+  share_out(parallel, share, tiling.tiles, c_partial,
+            [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1, bool packed_already) {
+              for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
+                const int64_t channels = clip(b0 + share.block, n1) - b0;
+                T* packed = nullptr;
+                PConvTile<S, T> pconv(nullptr, c_partial, channels);
+                Carver carver;
+                for (int round = 0; round < 2; ++round) {
+                  if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+                  packed = carver.take<T>(packed_elements(3 * channels, 3 * c_partial, sizeof(T)));
+                  pconv.carve(&carver, x, tiling);
+                }
+                if (!packed_already) pack_conv3x3(w, transposed, b0, b0 + channels, packed);
+                pconv.w.data = packed;
+                for (int64_t i = tile0; i < tile1; ++i) {
+                  const Tiling::Tile t = tiling.tile(i);
+                  pconv.run(x, extent.height, extent.width, t, extent.rows, nullptr);
+                  store(t, b0, channels, pconv.u, pconv.u_stride);
+                }
+              }
+            });
 }
 // u[pixels][u_stride] = the 3x3 convolution of the first c_partial channels of x.
 template <class S, class T>
@@ -859,62 +872,64 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
     u_all = shared.take<T>(fused ? 0 : extent.pixels * u_stride);
   }
   if (!fused) conv3x3_rows<S, T>(x, w_partial, extent, u_all, u_stride, parallel);
-  share_out(parallel, share, tiling.tiles, c_out, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
-    T *packed_partial = nullptr, *packed, *out;
-    RowGroup<T>* groups;
-    PConvTile<S, T> pconv(nullptr, c_partial);
-    MixedRows<S, T> mixed = {c_partial, channels, u_stride};
-    Carver carver;
-    for (int round = 0; round < 2; ++round) {
-      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-      if (fused) {
-        packed_partial = carver.take<T>(packed_elements(3 * c_partial, 3 * c_partial, sizeof(T)));
-        pconv.carve(&carver, x, tiling);
-      }
-      packed = carver.take<T>(packed_elements(share.block, channels, sizeof(T)));
-      out = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
-      mixed.carve(&carver, args.x_pixel_stride, tiling);
-      groups = carver.take<RowGroup<T>>(tiling.max_groups());
-    }
-    if (fused) pack_conv3x3(w_partial, false, 0, c_partial, packed_partial);
-    pconv.w.data = packed_partial;
-    for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
-      const int64_t b1 = clip(b0 + share.block, n1);
-      pack_operand<S, T>(w_pw + b0 * channels, channels, 1, b1 - b0, channels, nullptr, nullptr, packed);
-      const Packed<T> part(packed, b1 - b0, channels);
-      for (int64_t i = tile0; i < tile1; ++i) {
-        const Tiling::Tile t = tiling.tile(i);
-        const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-        Ahead ahead;
-        if (i + 1 < tile1) {
-          const int64_t after = tiling.tile(i + 1).pixels();
-          ahead.add(x.data, args.x_pixel_stride, pixel + pixels, after);
-          ahead.add(z, c_out, pixel + pixels, after);
-        }
-        if (fused) pconv.run(x, extent.height, extent.width, t, extent.rows, &part, &ahead);
-        const T* const u = fused ? pconv.u : u_all + pixel * u_stride;
-        Gemm<T> g = {};
-        mixed.fill(&g, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
-        g.b = &part;
-        g.n_end = part.n_padded;
-        g.c = out;
-        g.c_stride = part.n_padded;
-        g.ahead = &ahead;
-        S* const z_tile = z + pixel * c_out + b0;
-        bool direct = false;
-        if constexpr (Same<S, T>::value) {
-          direct = part.n == part.n_padded;
-          if (direct) {
-            g.c = z_tile;
-            g.c_stride = c_out;
-          }
-        }
-        gemm(g);
-        if (!direct) store_rows<S, T>(out, part.n_padded, pixels, part.n, z_tile, c_out);
-        statistics.add<T>(i, z_tile, c_out, pixels, b0, part.n);
-      }
-    }
-  });
+  share_out(parallel, share, tiling.tiles, c_out,
+            [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1, bool packed_already) {
+              T *packed_partial = nullptr, *packed, *out;
+              RowGroup<T>* groups;
+              PConvTile<S, T> pconv(nullptr, c_partial);
+              MixedRows<S, T> mixed = {c_partial, channels, u_stride};
+              Carver carver;
+              for (int round = 0; round < 2; ++round) {
+                if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+                if (fused) {
+                  packed_partial = carver.take<T>(packed_elements(3 * c_partial, 3 * c_partial, sizeof(T)));
+                  pconv.carve(&carver, x, tiling);
+                }
+                packed = carver.take<T>(packed_elements(share.block, channels, sizeof(T)));
+                out = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+                mixed.carve(&carver, args.x_pixel_stride, tiling);
+                groups = carver.take<RowGroup<T>>(tiling.max_groups());
+              }
+              if (fused && !packed_already) pack_conv3x3(w_partial, false, 0, c_partial, packed_partial);
+              pconv.w.data = packed_partial;
+              for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
+                const int64_t b1 = clip(b0 + share.block, n1);
+                if (!packed_already)
+                  pack_operand<S, T>(w_pw + b0 * channels, channels, 1, b1 - b0, channels, nullptr, nullptr, packed);
+                const Packed<T> part(packed, b1 - b0, channels);
+                for (int64_t i = tile0; i < tile1; ++i) {
+                  const Tiling::Tile t = tiling.tile(i);
+                  const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+                  Ahead ahead;
+                  if (i + 1 < tile1) {
+                    const int64_t after = tiling.tile(i + 1).pixels();
+                    ahead.add(x.data, args.x_pixel_stride, pixel + pixels, after);
+                    ahead.add(z, c_out, pixel + pixels, after);
+                  }
+                  if (fused) pconv.run(x, extent.height, extent.width, t, extent.rows, &part, &ahead);
+                  const T* const u = fused ? pconv.u : u_all + pixel * u_stride;
+                  Gemm<T> g = {};
+                  mixed.fill(&g, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
+                  g.b = &part;
+                  g.n_end = part.n_padded;
+                  g.c = out;
+                  g.c_stride = part.n_padded;
+                  g.ahead = &ahead;
+                  S* const z_tile = z + pixel * c_out + b0;
+                  bool direct = false;
+                  if constexpr (Same<S, T>::value) {
+                    direct = part.n == part.n_padded;
+                    if (direct) {
+                      g.c = z_tile;
+                      g.c_stride = c_out;
+                    }
+                  }
+                  gemm(g);
+                  if (!direct) store_rows<S, T>(out, part.n_padded, pixels, part.n, z_tile, c_out);
+                  statistics.add<T>(i, z_tile, c_out, pixels, b0, part.n);
+                }
+              }
+            });
   statistics.combine_tiles<T>(tiling, args.mean, args.m2, parallel);
 }
 
@@ -966,76 +981,80 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
       }
     });
   }
-  share_out(parallel, share, tiling.tiles, channels, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
-    T *packed, *a_tile, *sums;
-    RowGroup<T>* groups;
-    Carver carver;
-    for (int round = 0; round < 2; ++round) {
-      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-      packed = carver.take<T>(packed_elements(share.block, c_hidden, sizeof(T)));
-      a_tile = carver.take<T>(fused ? tiling.max_pixels() * a_stride : 0);
-      sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
-      groups = carver.take<RowGroup<T>>(tiling.max_groups());
-    }
-    for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
-      const int64_t b1 = clip(b0 + share.block, n1);
-      pack_operand<S, T>(w + b0 * c_hidden, c_hidden, 1, b1 - b0, c_hidden, layer_scale ? layer_scale + b0 : nullptr,
-                         nullptr, packed);
-      const Packed<T> part(packed, b1 - b0, c_hidden);
-      const bool direct = Same<R, T>::value && part.n == part.n_padded && !sample_scale;
-      for (int64_t i = tile0; i < tile1; ++i) {
-        const Tiling::Tile t = tiling.tile(i);
-        const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-        const R* const from = residual + pixel * args.residual_pixel_stride + b0;
-        R* const to = y + pixel * channels + b0;
-        Ahead ahead;
-        if (i + 1 < tile1) {
-          const int64_t after = tiling.tile(i + 1).pixels();
-          ahead.add(fused ? z : nullptr, args.z_pixel_stride, pixel + pixels, after);
-          ahead.add(residual, args.residual_pixel_stride, pixel + pixels, after);
-          ahead.add(y, channels, pixel + pixels, after);
-        }
-        Gemm<T> g = {};
-        g.groups = groups;
-        g.n_segments = 1;
-        g.segment_stride[0] = a_stride;
-        g.b = &part;
-        g.n_end = part.n_padded;
-        g.c = sums;
-        g.c_stride = part.n_padded;
-        g.c_in_stride = part.n_padded;
-        g.ahead = &ahead;
-        for (int64_t k = 0; k < c_hidden; k += chunk) {
-          const int64_t depth = clip(chunk, c_hidden - k);
-          if (fused) {
-            with_act(args.act, BnActTile<S, T, T, true>{z + pixel * args.z_pixel_stride + k, args.z_pixel_stride,
+  share_out(parallel, share, tiling.tiles, channels,
+            [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1, bool packed_already) {
+              T *packed, *a_tile, *sums;
+              RowGroup<T>* groups;
+              Carver carver;
+              for (int round = 0; round < 2; ++round) {
+                if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+                packed = carver.take<T>(packed_elements(share.block, c_hidden, sizeof(T)));
+                a_tile = carver.take<T>(fused ? tiling.max_pixels() * a_stride : 0);
+                sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+                groups = carver.take<RowGroup<T>>(tiling.max_groups());
+              }
+              for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
+                const int64_t b1 = clip(b0 + share.block, n1);
+                if (!packed_already) {
+                  pack_operand<S, T>(w + b0 * c_hidden, c_hidden, 1, b1 - b0, c_hidden,
+                                     layer_scale ? layer_scale + b0 : nullptr, nullptr, packed);
+                }
+                const Packed<T> part(packed, b1 - b0, c_hidden);
+                const bool direct = Same<R, T>::value && part.n == part.n_padded && !sample_scale;
+                for (int64_t i = tile0; i < tile1; ++i) {
+                  const Tiling::Tile t = tiling.tile(i);
+                  const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+                  const R* const from = residual + pixel * args.residual_pixel_stride + b0;
+                  R* const to = y + pixel * channels + b0;
+                  Ahead ahead;
+                  if (i + 1 < tile1) {
+                    const int64_t after = tiling.tile(i + 1).pixels();
+                    ahead.add(fused ? z : nullptr, args.z_pixel_stride, pixel + pixels, after);
+                    ahead.add(residual, args.residual_pixel_stride, pixel + pixels, after);
+                    ahead.add(y, channels, pixel + pixels, after);
+                  }
+                  Gemm<T> g = {};
+                  g.groups = groups;
+                  g.n_segments = 1;
+                  g.segment_stride[0] = a_stride;
+                  g.b = &part;
+                  g.n_end = part.n_padded;
+                  g.c = sums;
+                  g.c_stride = part.n_padded;
+                  g.c_in_stride = part.n_padded;
+                  g.ahead = &ahead;
+                  for (int64_t k = 0; k < c_hidden; k += chunk) {
+                    const int64_t depth = clip(chunk, c_hidden - k);
+                    if (fused) {
+                      with_act(args.act,
+                               BnActTile<S, T, T, true>{z + pixel * args.z_pixel_stride + k, args.z_pixel_stride,
                                                         pixels, depth, norm.at(k), a_tile, a_stride});
-          }
-          const T* const a[1] = {fused ? a_tile : a_all + pixel * a_stride + k};
-          g.n_groups = add_groups<T>(groups, 0, pixels, 1, a, &a_stride);
-          g.k_begin = k;
-          g.segment_k[0] = depth;
-          g.c_in = k ? sums : nullptr;
-          if constexpr (Same<R, T>::value) {
-            if (direct && k + chunk >= c_hidden) {
-              g.c = to;
-              g.c_stride = channels;
-              g.residual = from;
-              g.residual_stride = args.residual_pixel_stride;
-            }
-          }
-          gemm(g);
-        }
-        for (int64_t p = 0; !direct && p < pixels; ++p) {
-          const T* const sum = sums + p * part.n_padded;
-          const R* const before = from + p * args.residual_pixel_stride;
-          R* const after = to + p * channels;
-          const T factor = sample_scale ? sample_scale[(pixel + p) / area] : T(1);
-          for (int64_t c = 0; c < part.n; ++c) to_storage(to_compute(before[c]) + factor * sum[c], after + c);
-        }
-      }
-    }
-  });
+                    }
+                    const T* const a[1] = {fused ? a_tile : a_all + pixel * a_stride + k};
+                    g.n_groups = add_groups<T>(groups, 0, pixels, 1, a, &a_stride);
+                    g.k_begin = k;
+                    g.segment_k[0] = depth;
+                    g.c_in = k ? sums : nullptr;
+                    if constexpr (Same<R, T>::value) {
+                      if (direct && k + chunk >= c_hidden) {
+                        g.c = to;
+                        g.c_stride = channels;
+                        g.residual = from;
+                        g.residual_stride = args.residual_pixel_stride;
+                      }
+                    }
+                    gemm(g);
+                  }
+                  for (int64_t p = 0; !direct && p < pixels; ++p) {
+                    const T* const sum = sums + p * part.n_padded;
+                    const R* const before = from + p * args.residual_pixel_stride;
+                    R* const after = to + p * channels;
+                    const T factor = sample_scale ? sample_scale[(pixel + p) / area] : T(1);
+                    for (int64_t c = 0; c < part.n; ++c) to_storage(to_compute(before[c]) + factor * sum[c], after + c);
+                  }
+                }
+              }
+            });
 }
 
 // ---- act_pw_residual_backward ---------------------------------------------------------------------------------------
@@ -1074,7 +1093,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
     dsamples = shared.take<double>(need_sample ? chunks.count * args.batch * units : 0);
     products = shared.take<T>(need_products && !direct ? chunks.count * channels * product_stride : 0);
   }
-  share_chunks(parallel, chunks, c_hidden, kColumnUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
+  share_chunks(parallel, chunks, c_hidden, kColumnUnit, kPieceUnits, [&](int64_t chunk, int64_t n0, int64_t n1) {
     T *packed, *da, *a, *g_rows, *factor, *own;
     RowGroup<T>* groups;
     Carver carver;
@@ -1280,7 +1299,7 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
     // values in a row, the next pixel's begin c_partial further on. Short rows are copied into one run of pixels.
     const bool copied = tiling.max_columns() < kShortRow;
     const int64_t patch_stride = row_pitch<T>(3 * c_partial);
-    share_chunks(parallel, chunks, c_partial, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
+    share_chunks(parallel, chunks, c_partial, kRowUnit, kPieceRows / 4, [&](int64_t chunk, int64_t n0, int64_t n1) {
       T *padded, *patches;
       Carver carver;
       for (int round = 0; round < 2; ++round) {
@@ -1440,7 +1459,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   if (fused) {
     // Many pixels: each tile's gradient of z is made once, for du and for dw_pw.
     const int64_t dz_stride = row_pitch<T>(c_out);
-    parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
+    parallel_pieces(parallel, chunks.count, 1, [&](int64_t begin, int64_t end, bool packed_already) {
       T *packed_partial, *packed, *dz, *sums, *rows;
       RowGroup<T>* groups;
       PConvTile<S, T> pconv(nullptr, c_partial);
@@ -1455,9 +1474,11 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
         rows = carver.take<T>(tiling.max_pixels() * all_stride);
         groups = carver.take<RowGroup<T>>(tiling.max_groups());
       }
-      clear(rows, tiling.max_pixels() * all_stride);
-      pack_conv3x3(w_partial, false, 0, c_partial, packed_partial);
-      pack_operand<S, T>(w_pw, 1, channels, n_du, c_out, nullptr, nullptr, packed);
+      if (!packed_already) {
+        clear(rows, tiling.max_pixels() * all_stride);
+        pack_conv3x3(w_partial, false, 0, c_partial, packed_partial);
+        pack_operand<S, T>(w_pw, 1, channels, n_du, c_out, nullptr, nullptr, packed);
+      }
       pconv.w.data = packed_partial;
       const Packed<T> pw(packed, n_du, c_out);
       for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -1479,42 +1500,44 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     });
   } else if (need_du) {
     const int64_t dz_stride = row_pitch<T>(hidden_chunk);
-    share_out(parallel, share, tiling.tiles, n_du, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
-      T *packed, *dz, *sums;
-      RowGroup<T>* groups;
-      Carver carver;
-      for (int round = 0; round < 2; ++round) {
-        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-        packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
-        dz = carver.take<T>(tiling.max_pixels() * dz_stride);
-        sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
-        groups = carver.take<RowGroup<T>>(tiling.max_groups());
-      }
-      for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
-        const int64_t b1 = clip(b0 + share.block, n1);
-        pack_operand<S, T>(w_pw + b0, 1, channels, b1 - b0, c_out, nullptr, nullptr, packed);
-        const Packed<T> part(packed, b1 - b0, c_out);
-        for (int64_t i = tile0; i < tile1; ++i) {
-          const Tiling::Tile t = tiling.tile(i);
-          const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-          Ahead ahead = ahead_of(i, tile1);
-          for (int64_t k = 0; k < c_out; k += hidden_chunk) {
-            const int64_t depth = clip(hidden_chunk, c_out - k);
-            total.tile(pixel, pixels, k, depth, dz, dz_stride);
-            add_du(dz, dz_stride, pixels, part, k, depth, groups, sums, &ahead);
-          }
-          store_du(pixel, pixels, b0, b1, sums, part.n_padded);
-        }
-      }
-    });
+    share_out(parallel, share, tiling.tiles, n_du,
+              [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1, bool packed_already) {
+                T *packed, *dz, *sums;
+                RowGroup<T>* groups;
+                Carver carver;
+                for (int round = 0; round < 2; ++round) {
+                  if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+                  packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
+                  dz = carver.take<T>(tiling.max_pixels() * dz_stride);
+                  sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+                  groups = carver.take<RowGroup<T>>(tiling.max_groups());
+                }
+                for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
+                  const int64_t b1 = clip(b0 + share.block, n1);
+                  if (!packed_already)
+                    pack_operand<S, T>(w_pw + b0, 1, channels, b1 - b0, c_out, nullptr, nullptr, packed);
+                  const Packed<T> part(packed, b1 - b0, c_out);
+                  for (int64_t i = tile0; i < tile1; ++i) {
+                    const Tiling::Tile t = tiling.tile(i);
+                    const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+                    Ahead ahead = ahead_of(i, tile1);
+                    for (int64_t k = 0; k < c_out; k += hidden_chunk) {
+                      const int64_t depth = clip(hidden_chunk, c_out - k);
+                      total.tile(pixel, pixels, k, depth, dz, dz_stride);
+                      add_du(dz, dz_stride, pixels, part, k, depth, groups, sums, &ahead);
+                    }
+                    store_du(pixel, pixels, b0, b1, sums, part.n_padded);
+                  }
+                }
+              });
   }
 
   if (dw_pw && !fused) {
-    int64_t block = 10 * kRowUnit;
-    while (block > 5 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
+    int64_t block = kPieceRows * kRowUnit;
+    while (block > kPieceRows / 2 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
     const int64_t dz_stride = row_pitch<T>(block);
     conv3x3_rows<S, T>(x, w_partial, extent, u, u_stride, parallel);
-    share_chunks(parallel, chunks, c_out, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
+    share_chunks(parallel, chunks, c_out, kRowUnit, kPieceRows, [&](int64_t chunk, int64_t n0, int64_t n1) {
       T *dz, *rows, *own;
       Carver carver;
       for (int round = 0; round < 2; ++round) {
@@ -1686,69 +1709,71 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
     }
     const Share share(extent.pixels, depth, c_out, parallel.num_threads);
     const int64_t g_stride = row_pitch<T>(c_out);
-    share_out(parallel, share, tiling.tiles, depth, [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1) {
-      T *packed, *g_rows, *sums;
-      RowGroup<T>* groups;
-      Carver carver;
-      for (int round = 0; round < 2; ++round) {
-        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-        packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
-        g_rows = carver.take<T>(tiling.max_pixels() * g_stride);
-        sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
-        groups = carver.take<RowGroup<T>>(tiling.max_groups());
-      }
-      for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
-        const int64_t b1 = clip(b0 + share.block, n1);
-        pack_operand<T, T>(in_order + b0, 1, depth, b1 - b0, c_out, nullptr, scale, packed);
-        const Packed<T> part(packed, b1 - b0, c_out);
-        for (int64_t i = tile0; i < tile1; ++i) {
-          const Tiling::Tile t = tiling.tile(i);
-          total.tile(t.pixel(out_width), t.pixels(), 0, c_out, g_rows, g_stride);
-          Gemm<T> g = {};
-          const T* const rows[1] = {g_rows};
-          g.groups = groups;
-          g.n_groups = add_groups<T>(groups, 0, t.pixels(), 1, rows, &g_stride);
-          g.n_segments = 1;
-          g.segment_k[0] = c_out;
-          g.segment_stride[0] = g_stride;
-          g.b = &part;
-          g.n_end = part.n_padded;
-          g.c = sums;
-          g.c_stride = part.n_padded;
-          Ahead ahead;
-          if (i + 1 < tile1) {
-            const Tiling::Tile next = tiling.tile(i + 1);
-            ahead.add(total.dz, total.dz_stride, next.pixel(out_width), next.pixels());
-            ahead.add(total.z, total.z_stride, next.pixel(out_width), next.pixels());
-            if (next.columns() == out_width) {
-              ahead.add(
-                  dx, channels,
-                  next.row0 / out_height * args.height * args.width + next.row0 % out_height * args.kh * args.width,
-                  (next.row1 - next.row0) * args.kh * args.width);
-            }
-          }
-          g.ahead = &ahead;
-          gemm(g);
-          const T* sum = sums;
-          for (int64_t row = t.row0; row < t.row1; ++row) {
-            for (int64_t column = t.column0; column < t.column1; ++column, sum += part.n_padded) {
-              for (int64_t dy = b0 / run; dy * run < b1; ++dy) {
-                const int64_t from = dy * run > b0 ? dy * run : b0, to = clip((dy + 1) * run, b1);
-                const int64_t y = row / out_height * args.height + row % out_height * args.kh + dy;
-                combine<T>(sum + from - b0, static_cast<const T*>(nullptr),
-                           dx + (y * args.width + column * args.kw) * channels + from - dy * run, to - from);
-              }
-            }
-          }
-        }
-      }
-    });
+    share_out(parallel, share, tiling.tiles, depth,
+              [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1, bool packed_already) {
+                T *packed, *g_rows, *sums;
+                RowGroup<T>* groups;
+                Carver carver;
+                for (int round = 0; round < 2; ++round) {
+                  if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+                  packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
+                  g_rows = carver.take<T>(tiling.max_pixels() * g_stride);
+                  sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+                  groups = carver.take<RowGroup<T>>(tiling.max_groups());
+                }
+                for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
+                  const int64_t b1 = clip(b0 + share.block, n1);
+                  if (!packed_already)
+                    pack_operand<T, T>(in_order + b0, 1, depth, b1 - b0, c_out, nullptr, scale, packed);
+                  const Packed<T> part(packed, b1 - b0, c_out);
+                  for (int64_t i = tile0; i < tile1; ++i) {
+                    const Tiling::Tile t = tiling.tile(i);
+                    total.tile(t.pixel(out_width), t.pixels(), 0, c_out, g_rows, g_stride);
+                    Gemm<T> g = {};
+                    const T* const rows[1] = {g_rows};
+                    g.groups = groups;
+                    g.n_groups = add_groups<T>(groups, 0, t.pixels(), 1, rows, &g_stride);
+                    g.n_segments = 1;
+                    g.segment_k[0] = c_out;
+                    g.segment_stride[0] = g_stride;
+                    g.b = &part;
+                    g.n_end = part.n_padded;
+                    g.c = sums;
+                    g.c_stride = part.n_padded;
+                    Ahead ahead;
+                    if (i + 1 < tile1) {
+                      const Tiling::Tile next = tiling.tile(i + 1);
+                      ahead.add(total.dz, total.dz_stride, next.pixel(out_width), next.pixels());
+                      ahead.add(total.z, total.z_stride, next.pixel(out_width), next.pixels());
+                      if (next.columns() == out_width) {
+                        ahead.add(dx, channels,
+                                  next.row0 / out_height * args.height * args.width +
+                                      next.row0 % out_height * args.kh * args.width,
+                                  (next.row1 - next.row0) * args.kh * args.width);
+                      }
+                    }
+                    g.ahead = &ahead;
+                    gemm(g);
+                    const T* sum = sums;
+                    for (int64_t row = t.row0; row < t.row1; ++row) {
+                      for (int64_t column = t.column0; column < t.column1; ++column, sum += part.n_padded) {
+                        for (int64_t dy = b0 / run; dy * run < b1; ++dy) {
+                          const int64_t from = dy * run > b0 ? dy * run : b0, to = clip((dy + 1) * run, b1);
+                          const int64_t y = row / out_height * args.height + row % out_height * args.kh + dy;
+                          combine<T>(sum + from - b0, static_cast<const T*>(nullptr),
+                                     dx + (y * args.width + column * args.kw) * channels + from - dy * run, to - from);
+                        }
+                      }
+                    }
+                  }
+                }
+              });
   }
 
   if (need_products || args.dshift) {
     const bool in_runs = (x.channel_stride == 1 || channels == 1) && x.pixel_stride == channels;
     const int64_t g_stride = row_pitch<T>(c_out), patch_stride = row_pitch<T>(depth);
-    share_chunks(parallel, chunks, c_out, kRowUnit, [&](int64_t chunk, int64_t n0, int64_t n1) {
+    share_chunks(parallel, chunks, c_out, kRowUnit, kPieceRows, [&](int64_t chunk, int64_t n0, int64_t n1) {
       T *g_rows, *patches;
       Carver carver;
       for (int round = 0; round < 2; ++round) {
