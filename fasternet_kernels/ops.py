@@ -33,6 +33,7 @@ plain torch (where the statistics of several processes are combined), then ``bn_
 over the processes; then ``patch_stats_backward``, or ``pw_stats_backward``, which adds ``dy``, the
 gradient of the residual, to ``dx``. The ``*_recompute_backward`` ops are the
 first half where ``z`` was not kept: they return it in front of the gradients, for the second half.
+Gradients of images and of convolutions' weights have the memory format of what they belong to.
 :mod:`fasternet_kernels.training` puts the halves together.
 """
 
