@@ -318,13 +318,13 @@ Weight as_pconv_weight(DType dtype, const Array& w) {
 // Weights packed one behind the other for the length of a call.
 class Packed {
  public:
-  explicit Packed(std::initializer_list<Weight> weights) {
+  Packed(std::initializer_list<Weight> weights, const ParallelFor& parallel) {
     int64_t bytes = 0;
     for (const Weight& weight : weights) bytes += size_in_bytes(weight);
     data_ = static_cast<char*>(::operator new(static_cast<size_t>(bytes), kAlignment));
     char* next = data_;
     for (const Weight& weight : weights) {
-      pack(weight, next);
+      pack(weight, next, parallel);
       next += size_in_bytes(weight);
     }
   }
@@ -358,7 +358,7 @@ void run_pconv3x3(const Arguments& arguments, const Array& x, const Array& weigh
   std::copy_n(y_stride, 4, job.y_stride);
   if (x.size() == 0) return;
   run_without_gil([&](const ParallelFor& parallel) {
-    const Packed packed({as_pconv_weight(job.dtype, weight)});
+    const Packed packed({as_pconv_weight(job.dtype, weight)}, parallel);
     job.packed = packed.data();
     pconv3x3(job, parallel);
   });
@@ -416,7 +416,7 @@ py::array numpy_pconv_pw(const py::object& x_value, const py::object& w_partial_
   job.y = y.mutable_data(), job.y_pixel_stride = c_out;
   job.act = act;
   run_without_gil([&](const ParallelFor& parallel) {
-    const Packed packed({as_pconv_weight(job.dtype, w_partial), as_weight(job.dtype, w_pw, &scale, &shift)});
+    const Packed packed({as_pconv_weight(job.dtype, w_partial), as_weight(job.dtype, w_pw, &scale, &shift)}, parallel);
     job.packed = packed.data();
     pconv_pw(job, parallel);
   });
@@ -451,7 +451,8 @@ py::array numpy_block(const py::object& x_value, const py::object& w_partial_val
   job.act = act;
   run_without_gil([&](const ParallelFor& parallel) {
     const Packed packed({as_pconv_weight(job.dtype, w_partial), as_weight(job.dtype, w_pw1, &scale, &shift),
-                         as_weight(job.dtype, w_pw2, &layer_scale)});
+                         as_weight(job.dtype, w_pw2, &layer_scale)},
+                        parallel);
     job.packed = packed.data();
     block(job, parallel);
   });
@@ -484,7 +485,7 @@ py::array numpy_patch_conv(const py::object& x_value, const py::object& weight_v
   copy_strides(x, job.x_stride);
   job.y = y.mutable_data(), job.y_pixel_stride = c_out;
   run_without_gil([&](const ParallelFor& parallel) {
-    const Packed packed({as_weight(job.dtype, weight, &scale, &shift)});
+    const Packed packed({as_weight(job.dtype, weight, &scale, &shift)}, parallel);
     job.packed = packed.data();
     patch_conv(job, parallel);
   });
@@ -519,7 +520,8 @@ py::array numpy_head(const py::object& x_value, const py::object& w_conv_value, 
   job.y = y.mutable_data();
   job.act = act;
   run_without_gil([&](const ParallelFor& parallel) {
-    const Packed packed({as_weight(job.dtype, w_conv, nullptr, &b_conv), as_weight(job.dtype, w_fc, nullptr, &b_fc)});
+    const Packed packed({as_weight(job.dtype, w_conv, nullptr, &b_conv), as_weight(job.dtype, w_fc, nullptr, &b_fc)},
+                        parallel);
     job.packed = packed.data();
     head(job, parallel);
   });

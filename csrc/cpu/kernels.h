@@ -59,7 +59,7 @@ static inline bool has_winograd(int64_t c_partial) { return c_partial >= 24 && c
 static inline bool winograd_pays(int64_t height, int64_t width) { return height >= 14 && width >= 14; }
 
 // Memory of the calling thread, 64-byte aligned, kept for its next call: a call like one before allocates nothing. Each
-// slot is one buffer; asking again for a slot may move it.
+// slot is one buffer; asking for more than before may move it.
 enum Slot { kSlotTile, kSlotShared, kSlotNetworkA, kSlotNetworkB, kSlotCount };
 void* scratch(Slot slot, int64_t bytes);
 
@@ -68,7 +68,7 @@ void* scratch(Slot slot, int64_t bytes);
 // full of NaN, so that what is read before it is written shows in the result.
 #ifdef FASTERNET_GUARD_SCRATCH
 constexpr int64_t kScratchGap = 1024;
-constexpr bool kScratchStays = false;
+constexpr bool kScratchStays = false;  // NaN again at each request
 static inline void forbid(const char* begin, const char* end) {
   __asan_poison_memory_region(begin, static_cast<size_t>(end - begin));
 }

@@ -546,68 +546,7 @@ bool must_copy(int64_t stride) {
   return !Same<S, T>::value || stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0;
 }
 
-// f(begin, end, again) on [0, n), in pieces of at least `least` but for the last ones. Each thread begins with a share
-// of its own, a part of the images whose last operator it has run and has in its caches, and takes a quarter of what is
-// left of it at a time; done with it, it takes from the other end of the share that has most left. So a thread that
-// shares its core or is slowed down otherwise holds up nobody. `again`: this thread has just run another piece of this
-// loop, and its scratch is as it was left.
-template <class F>
-void parallel_pieces(const ParallelFor& parallel, int64_t n, int64_t least, const F& f) {
-  if (n <= 0) return;
-  const auto run = [&](int64_t pieces, const auto& body) {
-    parallel.run(
-        parallel.context, pieces,
-        [](void* context, int64_t begin, int64_t end) { (*static_cast<decltype(&body)>(context))(begin, end); },
-        const_cast<void*>(static_cast<const void*>(&body)));
-  };
-  constexpr int kMostThreads = 256;
-  const int threads = parallel.num_threads;
-  if (threads <= 1 || threads > kMostThreads || n <= threads * least || n >> 31) {
-    return run(n, [&](int64_t begin, int64_t end) { f(begin, end, false); });
-  }
-  struct alignas(64) Rest {
-    uint64_t ends;  // begin and end of what nobody has taken, in the high and the low half
-    static uint64_t of(int64_t begin, int64_t end) {
-      return static_cast<uint64_t>(begin) << 32 | static_cast<uint64_t>(end);
-    }
-    uint64_t load() const { return __atomic_load_n(&ends, __ATOMIC_RELAXED); }
-  };
-  Rest rests[kMostThreads];
-  for (int t = 0; t < threads; ++t) rests[t].ends = Rest::of(n * t / threads, n * (t + 1) / threads);
-  run(threads, [&](int64_t first, int64_t last) {
-    bool again = false;
-    for (int64_t own = first; own < last; ++own) {
-      int64_t from = own;  // whose share
-      while (from >= 0) {
-        uint64_t ends = rests[from].load();
-        const auto begin = static_cast<int64_t>(ends >> 32), end = static_cast<int64_t>(ends & 0xffffffff);
-        if (begin == end) {
-          int64_t most = 0;
-          from = -1;
-          for (int t = 0; t < threads; ++t) {
-            const uint64_t other = rests[t].load();
-            const auto left = static_cast<int64_t>((other & 0xffffffff) - (other >> 32));
-            if (left > most) most = left, from = t;
-          }
-          continue;
-        }
-        int64_t piece = ceil_div(end - begin, 4);
-        if (piece < least) piece = clip(least, end - begin);
-        const int64_t at = from == own ? begin : end - piece;
-        const uint64_t rest = from == own ? Rest::of(begin + piece, end) : Rest::of(begin, at);
-        if (!__atomic_compare_exchange_n(&rests[from].ends, &ends, rest, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-          continue;
-        }
-        f(at, at + piece, again);
-        again = kScratchStays;
-      }
-    }
-  });
-}
-template <class F>
-void parallel_for(const ParallelFor& parallel, int64_t n, const F& f) {
-  parallel_pieces(parallel, n, 1, [&](int64_t begin, int64_t end, bool) { f(begin, end); });
-}
+#include "pieces.inl.h"
 
 // Pieces of one scratch buffer, each on its own cache line.
 struct Carver {

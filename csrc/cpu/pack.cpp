@@ -32,27 +32,32 @@ struct Packing {
     }
   }
 
-  // The panel of the outputs from n0 on, some input channels of all its outputs at a time: they are few cache lines.
+  // The panel of the outputs from n0 on. Of each output a cache line is read at a time, if its channels are together.
   void panel(int64_t n0, int64_t lanes) const {
     constexpr int64_t kRun = 16;
-    const S* const source = static_cast<const S*>(weight.data);
-    const T* const scale = static_cast<const T*>(weight.scale);
+    const S* source[kWidth];  // each lane's output, or null
+    double factor[kWidth];
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t output = n0 + lane, n = output % weight.n;
+      source[lane] = output < outputs
+                         ? static_cast<const S*>(weight.data) + n * weight.c * taps + output / weight.n * tap_stride
+                         : nullptr;
+      factor[lane] = weight.scale && source[lane] ? static_cast<double>(static_cast<const T*>(weight.scale)[n]) : 1.0;
+    }
     T* to = packed + n0 * k;
     for (int64_t row = 0; row < taps; row += columns) {
       for (int64_t c0 = 0; c0 < weight.c; c0 += kRun) {
         const int64_t run = weight.c - c0 < kRun ? weight.c - c0 : kRun;
         for (int64_t lane = 0; lane < lanes; ++lane) {
-          const int64_t output = n0 + lane, n = output % weight.n;
-          if (output >= outputs) {
+          if (!source[lane]) {
             for (int64_t i = 0; i < run; ++i) to[i * lanes + lane] = 0;
             continue;
           }
-          const S* const from =
-              source + n * weight.c * taps + (row + output / weight.n) * tap_stride + c0 * channel_stride;
-          if (scale) {
-            const double factor = static_cast<double>(scale[n]);
+          const S* const from = source[lane] + row * tap_stride + c0 * channel_stride;
+          if (weight.scale) {
             for (int64_t i = 0; i < run; ++i) {
-              to[i * lanes + lane] = static_cast<T>(static_cast<double>(load(from + i * channel_stride)) * factor);
+              to[i * lanes + lane] =
+                  static_cast<T>(static_cast<double>(load(from + i * channel_stride)) * factor[lane]);
             }
           } else {
             for (int64_t i = 0; i < run; ++i) to[i * lanes + lane] = load(from + i * channel_stride);
@@ -72,8 +77,13 @@ struct Packing {
   }
 
   void run(const ParallelFor& parallel) {
-    const int64_t n_padded = padded_n(outputs, sizeof(T));
-    parallel.run(parallel.context, (n_padded + kWidth - 1) / kWidth, panels, this);
+    constexpr int64_t kAlone = 32 << 10;  // elements that take no longer than waking a thread
+    const int64_t n_padded = padded_n(outputs, sizeof(T)), count = (n_padded + kWidth - 1) / kWidth;
+    if (n_padded * k <= kAlone) {
+      panels(this, 0, count);
+    } else {
+      parallel.run(parallel.context, count, panels, this);
+    }
     const T* const shift = static_cast<const T*>(weight.shift);
     T* to = packed + n_padded * k;
     for (int64_t n = 0; n < n_padded; ++n) *to++ = (shift && n < outputs) ? shift[n % weight.n] : 0;

@@ -20,7 +20,8 @@ constexpr int64_t kSmallWeight = 64 << 10;     // a larger weight's partial sums
 constexpr int64_t kMaxChunks = 32;
 // Rows of a weight gradient are shared in multiples of kRowUnit: of every micro-kernel's rows.
 constexpr int64_t kRowUnit = 24;
-constexpr int64_t kPieceRows = 10;  // units that a thread takes at least where it copies all pixels for them
+constexpr int64_t kPieceRows = 10;  // units that a thread takes at least where it copies all channels of x for them
+constexpr int64_t kPieceTaps = 2;   // where it copies the convolved ones alone
 constexpr int64_t kSumRows = 16;    // values in one chain of additions
 
 // ---- Vectors of channels --------------------------------------------------------------------------------------------
@@ -473,7 +474,7 @@ struct Statistics {
 // ---- Operands -------------------------------------------------------------------------------------------------------
 
 // Lane j of row i and lane i of row j change places: in each round the rows, and the lanes, whose numbers differ in
-// one bit.
+// one bit. GCC before 12 has no such shuffle, and packs element by element.
 #if defined(__clang__) || __GNUC__ >= 12
 #define FASTERNET_TRANSPOSE
 template <int kBit, class V, int... kLane>
@@ -494,8 +495,8 @@ inline void transpose(V* rows) {
 }
 #endif
 
-// to[i][lane] = w[lane * n_stride + i * k_stride] for i < k: rows of kWidth lanes, of which `valid` are there and the
-// others zero, or of half as many.
+// to[i][lane] = w[lane * n_stride + i * k_stride] for i < k: rows of `lanes`, a panel or half of one, the first `valid`
+// of them there and the others zero.
 template <class S, class T>
 void pack_panel(const S* w, int64_t n_stride, int64_t k_stride, int64_t lanes, int64_t valid, int64_t k, T* to) {
   constexpr int64_t kWidth = panel_width<T>(), kRun = 16;
@@ -517,10 +518,12 @@ void pack_panel(const S* w, int64_t n_stride, int64_t k_stride, int64_t lanes, i
   for (; k0 < k; k0 += kRun) {  // a cache line of each output channel at a time
     const int64_t run = clip(kRun, k - k0);
     T* const block = to + k0 * lanes;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
+    for (int64_t lane = 0; lane < valid; ++lane) {
       const S* const source = w + lane * n_stride + k0 * k_stride;
-      for (int64_t i = 0; i < run; ++i)
-        block[i * lanes + lane] = lane < valid ? to_compute(source[i * k_stride]) : T(0);
+      for (int64_t i = 0; i < run; ++i) block[i * lanes + lane] = to_compute(source[i * k_stride]);
+    }
+    for (int64_t i = 0; i < run; ++i) {
+      for (int64_t lane = valid; lane < lanes; ++lane) block[i * lanes + lane] = 0;
     }
   }
 }
@@ -533,19 +536,19 @@ void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int
   constexpr int64_t kWidth = panel_width<T>(), kPanels = 4, kAhead = 16;
   const int64_t n_padded = padded_n(n, sizeof(T));
   int64_t n0 = 0;
-  if (n_stride == 1) {
-    // Each row of a wide weight lies in a page of its own, so several panels at a time.
-    for (; n0 + kPanels * kWidth <= n; n0 += kPanels * kWidth) {
-      T* const to = out + n0 * k;
-      for (int64_t i = 0; i < k; ++i) {
-        const S* const source = w + n0 + i * k_stride;
-        for (int64_t panel = 0; panel < kPanels; ++panel) {
-          __builtin_prefetch(source + kAhead * k_stride + panel * kWidth);
-          T* const row = to + (panel * k + i) * kWidth;
-          for (int64_t lane = 0; lane < kWidth; ++lane) row[lane] = to_compute(source[panel * kWidth + lane]);
-        }
+  // Each row of a wide weight lies in a page of its own, so several panels at a time.
+  while (n_stride == 1 && n0 + kWidth <= n) {
+    const int64_t panels = n0 + kPanels * kWidth <= n ? kPanels : 1;
+    T* const to = out + n0 * k;
+    for (int64_t i = 0; i < k; ++i) {
+      const S* const source = w + n0 + i * k_stride;
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        __builtin_prefetch(source + kAhead * k_stride + panel * kWidth);
+        T* const row = to + (panel * k + i) * kWidth;
+        for (int64_t lane = 0; lane < kWidth; ++lane) row[lane] = to_compute(source[panel * kWidth + lane]);
       }
     }
+    n0 += panels * kWidth;
   }
   for (; n0 < n_padded; n0 += kWidth) {
     const int64_t lanes = clip(kWidth, n_padded - n0);
@@ -556,15 +559,15 @@ void pack_operand(const S* w, int64_t n_stride, int64_t k_stride, int64_t n, int
     const int64_t lanes = clip(kWidth, n_padded - n0), valid = clip(lanes, n - n0);
     for (int64_t i = 0; i < k; ++i) {
       T* const row = out + n0 * k + i * lanes;
-      const T factor = k_scale ? k_scale[i] : T(1);
-      for (int64_t lane = 0; lane < valid; ++lane) row[lane] *= factor * (n_scale ? n_scale[n0 + lane] : T(1));
+      for (int64_t lane = 0; k_scale && lane < valid; ++lane) row[lane] *= k_scale[i];
+      for (int64_t lane = 0; n_scale && lane < valid; ++lane) row[lane] *= n_scale[n0 + lane];
     }
   }
 }
 
 // A weight of a convolution as it came: (out, in, taps), or channels-last, (out, taps, in).
 template <class S>
-struct ConvWeight {
+struct WeightView {
   S* data;
   int64_t in, taps;  // extents
   bool channels_last;
@@ -579,7 +582,7 @@ struct ConvWeight {
 // Packs output channels [n0, n1) of the 3x3 kernel w (c_partial, c_partial, 3, 3) for PConvTile, or with `transposed`
 // of the one that takes gradients of the output to gradients of the input.
 template <class S, class T>
-void pack_conv3x3(const ConvWeight<const S>& w, bool transposed, int64_t n0, int64_t n1, T* out) {
+void pack_conv3x3(const WeightView<const S>& w, bool transposed, int64_t n0, int64_t n1, T* out) {
   constexpr int64_t kWidth = panel_width<T>(), kRun = 16;
   const int64_t c_partial = w.in, tap_stride = w.tap_stride();
   const int64_t n_stride = transposed ? w.in_stride() : w.out_stride(),
@@ -728,18 +731,23 @@ struct Share {
 };
 
 // run(tile0, tile1, n0, n1, packed_already) on all tiles and all n columns. packed_already: the thread has just run
-// other tiles, and the weight that it packed for all n columns is still there.
+// other tiles, and the weight that it packed for all n columns is still there. Where it packs block after block of
+// columns, it does so again for each piece, so there are only two of them.
 template <class F>
 void share_out(const ParallelFor& parallel, const Share& share, int64_t tiles, int64_t n, const F& run) {
-  if (share.by_columns) {
-    parallel_pieces(parallel, ceil_div(n, kColumnUnit), kPieceUnits, [&](int64_t begin, int64_t end, bool) {
-      run(int64_t{0}, tiles, begin * kColumnUnit, clip(end * kColumnUnit, n), false);
-    });
-  } else {
-    parallel_pieces(parallel, tiles, 1, [&](int64_t begin, int64_t end, bool again) {
-      run(begin, end, int64_t{0}, n, again && share.block >= n);
-    });
-  }
+  const bool keeps = share.block >= n;
+  const int64_t block_units = ceil_div(share.block, kColumnUnit);
+  const int64_t least = share.by_columns ? round_up(kPieceUnits, block_units)
+                        : keeps          ? 1
+                                         : ceil_div(tiles, 2 * parallel.num_threads);
+  parallel_pieces(parallel, share.by_columns ? ceil_div(n, kColumnUnit) : tiles, least,
+                  [&](int64_t begin, int64_t end, bool again) {
+                    if (share.by_columns) {
+                      run(int64_t{0}, tiles, begin * kColumnUnit, clip(end * kColumnUnit, n), false);
+                    } else {
+                      run(begin, end, int64_t{0}, n, again && keeps);
+                    }
+                  });
 }
 
 // The tiles in chunks, each of which makes its own partial sums.
@@ -752,6 +760,7 @@ struct Chunks {
     if (count < 1) count = 1;
   }
   int64_t begin(int64_t chunk) const { return chunk * tiles / count; }
+  bool many(int threads) const { return count >= 4 * threads; }  // enough to share them whole
 };
 
 // run(chunk, n0, n1) on every chunk and all n columns; where there are few chunks in multiples of `unit` columns, at
@@ -759,11 +768,7 @@ struct Chunks {
 template <class F>
 void share_chunks(const ParallelFor& parallel, const Chunks& chunks, int64_t n, int64_t unit, int64_t least,
                   const F& run) {
-  if (chunks.count >= 4 * parallel.num_threads) {
-    return parallel_for(parallel, chunks.count, [&](int64_t begin, int64_t end) {
-      for (int64_t chunk = begin; chunk < end; ++chunk) run(chunk, int64_t{0}, n);
-    });
-  }
+  if (chunks.many(parallel.num_threads)) unit = n, least = 1;
   const int64_t units = ceil_div(n, unit);
   parallel_pieces(parallel, chunks.count * units, least, [&](int64_t begin, int64_t end, bool) {
     while (begin < end) {
@@ -810,7 +815,7 @@ inline int64_t padded_elements(const Tiling& tiling, int64_t channels) {
 // The 3x3 convolution of the first c_partial channels of x, or its transpose: store(tile, first channel, channels, u,
 // u_stride) takes the rows of u of a tile, some channels at a time.
 template <class W, class S, class T, class F>
-void conv3x3_all(const Image<S>& x, const ConvWeight<const W>& w, bool transposed, const Extent& extent,
+void conv3x3_all(const Image<S>& x, const WeightView<const W>& w, bool transposed, const Extent& extent,
                  const ParallelFor& parallel, const F& store) {
   const int64_t c_partial = w.in;
   const Tiling& tiling = extent.tiling;
@@ -839,7 +844,7 @@ void conv3x3_all(const Image<S>& x, const ConvWeight<const W>& w, bool transpose
 }
 // u[pixels][u_stride] = the 3x3 convolution of the first c_partial channels of x.
 template <class S, class T>
-void conv3x3_rows(const Image<S>& x, const ConvWeight<const S>& w, const Extent& extent, T* u, int64_t u_stride,
+void conv3x3_rows(const Image<S>& x, const WeightView<const S>& w, const Extent& extent, T* u, int64_t u_stride,
                   const ParallelFor& parallel) {
   conv3x3_all<S, S, T>(x, w, false, extent, parallel,
                        [&](const Tiling::Tile& t, int64_t first, int64_t channels, const T* rows, int64_t stride) {
@@ -856,7 +861,7 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
   const Extent extent(args.batch, args.height, args.width);
   const Tiling& tiling = extent.tiling;
   const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
-  const ConvWeight<const S> w_partial = {static_cast<const S*>(args.w_partial), c_partial, 9,
+  const WeightView<const S> w_partial = {static_cast<const S*>(args.w_partial), c_partial, 9,
                                          args.w_partial_channels_last};
   const S* const w_pw = static_cast<const S*>(args.w_pw);
   S* const z = static_cast<S*>(args.z);
@@ -1260,7 +1265,7 @@ struct Conv3x3Gradients {
   const Extent* extent;
   const Chunks* chunks;
   int64_t c_partial;
-  ConvWeight<const S> weight;
+  WeightView<const S> weight;
   const T* du;
   int64_t du_stride;
   const S* dy;
@@ -1299,7 +1304,7 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
     // values in a row, the next pixel's begin c_partial further on. Short rows are copied into one run of pixels.
     const bool copied = tiling.max_columns() < kShortRow;
     const int64_t patch_stride = row_pitch<T>(3 * c_partial);
-    share_chunks(parallel, chunks, c_partial, kRowUnit, kPieceRows / 4, [&](int64_t chunk, int64_t n0, int64_t n1) {
+    share_chunks(parallel, chunks, c_partial, kRowUnit, kPieceTaps, [&](int64_t chunk, int64_t n0, int64_t n1) {
       T *padded, *patches;
       Carver carver;
       for (int round = 0; round < 2; ++round) {
@@ -1342,7 +1347,7 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
           const T* const part = sum + chunk * c_partial * 3 * tap_stride;
           for (int64_t k = 0; k < 3 * tap_stride; ++k) sum[k] += part[k];
         }
-        const ConvWeight<S> dweight = {args.dweight, c_partial, 9, args.weight.channels_last};
+        const WeightView<S> dweight = {args.dweight, c_partial, 9, args.weight.channels_last};
         for (int64_t tap = 0; tap < 9; ++tap) {
           const T* const row = sum + tap / 3 * tap_stride + tap % 3 * c_partial;
           S* const to = dweight.at(n, 0, tap);
@@ -1365,7 +1370,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   const Tiling& tiling = extent.tiling;
   const Chunks chunks(tiling.tiles, extent.pixels, channels * c_out);
   const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
-  const ConvWeight<const S> w_partial = {static_cast<const S*>(args.w_partial), c_partial, 9,
+  const WeightView<const S> w_partial = {static_cast<const S*>(args.w_partial), c_partial, 9,
                                          args.w_partial_channels_last};
   const S* const w_pw = static_cast<const S*>(args.w_pw);
   const S* const dy = static_cast<const S*>(args.dy);
@@ -1375,8 +1380,9 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   const bool need_du = dx || dw_partial;
   const int64_t n_du = dx ? channels : c_partial;
   const Share share(extent.pixels, n_du, c_out, parallel.num_threads);
+  // In chunks, if threads have equally many.
   const bool fused = dw_pw && need_du && share.tile_by_tile(n_du) &&
-                     (chunks.count % parallel.num_threads == 0 || chunks.count >= 4 * parallel.num_threads);
+                     (chunks.count % parallel.num_threads == 0 || chunks.many(parallel.num_threads));
   const bool direct = chunks.count == 1 && !fused;  // as in act_pw_residual_backward
   const int64_t all_stride = row_pitch<T>(channels);
   T *u, *du, *pw_products;
@@ -1533,8 +1539,8 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   }
 
   if (dw_pw && !fused) {
-    int64_t block = kPieceRows * kRowUnit;
-    while (block > kPieceRows / 2 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
+    int64_t block = 10 * kRowUnit;
+    while (block > 5 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
     const int64_t dz_stride = row_pitch<T>(block);
     conv3x3_rows<S, T>(x, w_partial, extent, u, u_stride, parallel);
     share_chunks(parallel, chunks, c_out, kRowUnit, kPieceRows, [&](int64_t chunk, int64_t n0, int64_t n1) {
@@ -1658,7 +1664,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
   const Tiling& tiling = extent.tiling;
   const Chunks chunks(tiling.tiles, extent.pixels, c_out * depth);
   const Image<S> x = image<S>(args.x, args.x_stride);
-  const ConvWeight<const S> weight = {static_cast<const S*>(args.weight), channels, taps, args.weight_channels_last};
+  const WeightView<const S> weight = {static_cast<const S*>(args.weight), channels, taps, args.weight_channels_last};
   TotalGradient<S, T> total = {static_cast<const S*>(args.grad),
                                args.grad_pixel_stride,
                                static_cast<const S*>(args.y),
@@ -1689,10 +1695,9 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
   if (!in_order && (dx || args.dscale)) {
     parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
       for (int64_t n = begin; n < end; ++n) {
-        for (int64_t c = 0; c < channels; ++c) {
-          for (int64_t tap = 0; tap < taps; ++tap) {
-            copied[n * depth + tap * channels + c] = to_compute(*weight.at(n, c, tap));
-          }
+        for (int64_t tap = 0; tap < taps; ++tap) {
+          T* const to = copied + n * depth + tap * channels;
+          for (int64_t c = 0; c < channels; ++c) to[c] = to_compute(*weight.at(n, c, tap));
         }
       }
     });
@@ -1843,7 +1848,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
       }
       const T factor = scale ? scale[n] : T(1);
       if (!dweight) continue;
-      const ConvWeight<S> to = {dweight, channels, taps, args.weight_channels_last};
+      const WeightView<S> to = {dweight, channels, taps, args.weight_channels_last};
       for (int64_t tap = 0; tap < taps; ++tap) {
         for (int64_t c = 0; c < channels; ++c) to_storage(sums[tap * channels + c] * factor, to.at(n, c, tap));
       }

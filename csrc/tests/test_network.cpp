@@ -149,7 +149,7 @@ void test_same_bits_as_operators(const Shape& shape, Layout layout) {
     return;
   }
   Threads two(2), five(5);
-  Reversed reversed(5);
+  Reversed reversed(257);
   for (const ParallelFor& parallel : {fasternet::serial(), two.parallel(), five.parallel(), reversed.parallel()}) {
     Tensor<T> a = first.blank(), b = second.blank(), c = logits.blank();
     void* const results[] = {a.data(), b.data(), c.data()};

@@ -55,7 +55,7 @@ void test_case(const Case& c) {
   Tensor<T> expected = x;
   expected.assign(y);
   Threads two(2), five(5);
-  Reversed reversed(5);
+  Reversed reversed(257);
   for (const ParallelFor& parallel : {fasternet::serial(), two.parallel(), five.parallel(), reversed.parallel()}) {
     Tensor<T> in_place = x;
     pconv3x3(in_place, &in_place, packed, c.c_partial, parallel);

@@ -87,10 +87,13 @@ template <class Operation>
 void check_threads(const std::string& name, const Operation& operation) {
   const std::vector<unsigned char> first = operation(fasternet::serial());
   Threads two(2), five(5);
-  Reversed reversed(40);
+  Reversed reversed(40), backwards(257);
+  AtOnce at_once(4);
   check(operation(two.parallel()) == first, name, "other bits with 2 threads");
   check(operation(five.parallel()) == first, name, "other bits with 5 threads");
   check(operation(reversed.parallel()) == first, name, "other bits with 40 threads, reversed");
+  check(operation(backwards.parallel()) == first, name, "other bits with 257 threads, reversed");
+  check(operation(at_once.parallel()) == first, name, "other bits with 4 threads that are one");
   check(operation(fasternet::serial()) == first, name, "other bits in a second run");
 }
 template <class T>
@@ -585,6 +588,9 @@ void test_type() {
   Block<T>({{2, 1, 1, 40}, 10, 80}).test();
   Block<T>({{1, 6, 5, 70}, 16, 130}).test();  // whole panels of one kernel column, wide weights
   Block<T>({{1, 6, 5, 129}, 48, 70}).test();
+  // Threads that take several chunks each, and tiles of a weight that does not fit L2 as a whole.
+  Block<T>({{6, 28, 28, 8}, 2, 20, Act::kRelu, true, true}).test();
+  if (Storage<T>::kDType == fasternet::DType::kFloat32) Block<T>({{2, 26, 26, 300}, 75, 520}).test();
   Block<T>({{0, 7, 7, 40}, 10, 80, Act::kGelu, true, true}).test();
 
   for (Layout layout : {Layout::kChannelsLast, Layout::kChannelsFirst}) {

@@ -408,7 +408,8 @@ class Threads {
 };
 
 // Claims to have `count` threads, then runs the indices one by one from the last to the first: the worst order that a
-// kernel whose iterations are not independent could meet.
+// kernel whose iterations are not independent could meet. (With up to 256 threads the last one, which runs first, may
+// take over all of a loop.)
 class Reversed {
  public:
   explicit Reversed(int count) : count_(count) {}
@@ -418,6 +419,18 @@ class Reversed {
   static void run(void*, int64_t n, ParallelFor::Body body, void* body_context) {
     for (int64_t i = n; i > 0; --i) body(body_context, i - 1, i);
   }
+
+  int count_;
+};
+
+// Claims to have `count` threads and runs everything at once, as torch does inside of a parallel region.
+class AtOnce {
+ public:
+  explicit AtOnce(int count) : count_(count) {}
+  ParallelFor parallel() { return {&AtOnce::run, this, count_}; }
+
+ private:
+  static void run(void*, int64_t n, ParallelFor::Body body, void* body_context) { body(body_context, 0, n); }
 
   int count_;
 };

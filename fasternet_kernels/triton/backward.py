@@ -779,7 +779,9 @@ def _weight_gradient(
     )
     if factor is None:
         return total, None
-    dw = (total * factor[:, None, None, None]).to(weight.dtype) if need_weight else None
+    dw = None
+    if need_weight:
+        dw = reference.like((total * factor[:, None, None, None]).to(weight.dtype), weight)
     if not need_factor:
         return dw, None
     return dw, (total * weight).flatten(1).sum(1, dtype=torch.float32).to(factor.dtype)
