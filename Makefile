@@ -64,10 +64,14 @@ SOURCES := $(shell find csrc python -type f) CMakeLists.txt setup.py pyproject.t
 demo: $(VENV)/stamp-build $(VENV)/stamp-demo
 	$(BIN)/fasternet-kernels demo $(ARGS)
 
-test: test-cpp $(VENV)/stamp-build $(VENV)/stamp-test
+# The C++ tests are then built in setup.py's folder, where the kernels are compiled already.
+test test-all: CPP_BUILD = $(shell $(BIN)/python -c 'import sys, sysconfig; \
+  print(f"build/{sysconfig.get_platform()}-{sys.implementation.cache_tag}")')
+
+test: $(VENV)/stamp-build test-cpp $(VENV)/stamp-test
 	$(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(ARGS)
 
-test-all: test-cpp $(VENV)/stamp-build $(VENV)/stamp-test
+test-all: $(VENV)/stamp-build test-cpp $(VENV)/stamp-test
 	$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 test-cpp: $(VENV)/stamp-cmake
