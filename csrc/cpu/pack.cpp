@@ -77,7 +77,7 @@ struct Packing {
   }
 
   void run(const ParallelFor& parallel) {
-    constexpr int64_t kAlone = 32 << 10;  // elements that take no longer than waking a thread
+    constexpr int64_t kAlone = 32 << 10;  // elements that no thread is woken for
     const int64_t n_padded = padded_n(outputs, sizeof(T)), count = (n_padded + kWidth - 1) / kWidth;
     if (n_padded * k <= kAlone) {
       panels(this, 0, count);

@@ -39,19 +39,26 @@ void test_loop(const std::string& how, const ParallelFor& parallel, int64_t n, i
   }
 }
 
-// The first thread sleeps in its first piece; the other one does the rest meanwhile.
+// The thread of the first index stays in its first piece until the other one has done all the rest.
 void test_slow_thread() {
+  constexpr int64_t kAll = 1000, kFirst = 125;  // a quarter of a half
   Threads two(2);
+  std::atomic<bool> begun{false};
   std::atomic<int64_t> of_slow{0}, of_other{0};
-  parallel_pieces(two.parallel(), 1000, 1, [&](int64_t begin, int64_t end, bool) {
-    thread_local bool slow = false;
+  const auto wait_for = [](const auto& happened) {
+    while (!happened()) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+  };
+  parallel_pieces(two.parallel(), kAll, 1, [&](int64_t begin, int64_t end, bool) {
     if (begin == 0) {
-      slow = true;
-      while (of_other < 1000 - (end - begin)) std::this_thread::sleep_for(std::chrono::milliseconds(1));
+      begun = true;
+      wait_for([&] { return of_other >= kAll - (end - begin); });
+      of_slow += end - begin;
+    } else {
+      wait_for([&] { return begun.load(); });  // or it might take the first index too
+      of_other += end - begin;
     }
-    (slow ? of_slow : of_other) += end - begin;
   });
-  check(of_slow == 125 && of_other == 875, "a slow thread", "another did not take over its share");
+  check(of_slow == kFirst && of_other == kAll - kFirst, "a slow thread", "another did not take over its share");
 }
 
 }  // namespace
