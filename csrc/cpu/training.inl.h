@@ -679,7 +679,7 @@ constexpr OuterTable<T, kVecs> kOuter{};
 // c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], at most kOuterDepth pixels at a time, which keeps the
 // rounding error of many pixels near that of a few. Rows of b are readable to whole vectors. While it runs it fetches
 // what lies ahead.
-constexpr int64_t kOuterDepth = 48;
+constexpr int64_t kOuterDepth = 112;
 constexpr int64_t kShortRow = 24;  // pixels that are too few for reading and writing c
 template <class T>
 void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t pixels,
@@ -687,7 +687,7 @@ void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b
   constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
   for (int64_t j = 0; j < n;) {
     const int64_t vectors = ceil_div(n - j, kLanes);
-    const int64_t use = vectors == 1 || vectors == 3 ? vectors : 2, width = use * kLanes;
+    const int64_t use = vectors == 1 ? 1 : vectors == 2 || vectors == 4 ? 2 : 3, width = use * kLanes;
     const auto* const table = use == 1 ? kOuter<T, 1>.rows : use == 2 ? kOuter<T, 2>.rows : kOuter<T, 3>.rows;
     const int64_t most = use == 3 ? OuterTable<T, 3>::kMost : kOuterRows;
     const int64_t groups = ceil_div(m, most), passes = ceil_div(pixels, kOuterDepth);
