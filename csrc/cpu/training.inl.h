@@ -1361,8 +1361,8 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
 
 // ---- pw_stats_backward ----------------------------------------------------------------------------------------------
 
-// Four passes: u again, for dw_pw alone; du, whose untouched channels are dx; dw_pw; and through the 3x3 convolution
-// dx's first channels and dw_partial.
+// Four passes: u again and with it dw_pw; du, whose untouched channels are dx; and through the 3x3 convolution dx's first
+// channels and dw_partial.
 template <class S, class T>
 void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parallel) {
   const int64_t channels = args.channels, c_partial = args.c_partial, c_out = args.c_out;
@@ -1383,9 +1383,11 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   // In chunks, if threads have equally many.
   const bool fused = dw_pw && need_du && share.tile_by_tile(n_du) &&
                      (chunks.count % parallel.num_threads == 0 || chunks.many(parallel.num_threads));
+  // Where threads share du's columns, each reads the gradient of z whole: dw_pw's pass leaves it in rows for them.
+  const bool keeps_dz = dw_pw && need_du && !fused && share.by_columns;
   const bool direct = chunks.count == 1 && !fused;  // as in act_pw_residual_backward
-  const int64_t all_stride = row_pitch<T>(channels);
-  T *u, *du, *pw_products;
+  const int64_t all_stride = row_pitch<T>(channels), kept_stride = row_pitch<T>(c_out);
+  T *u, *du, *kept_dz, *pw_products;
   TotalGradient<S, T> total = {static_cast<const S*>(args.dz),
                                args.dz_pixel_stride,
                                static_cast<const S*>(args.z),
@@ -1402,6 +1404,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     total.take(&shared, c_out);
     u = shared.take<T>(dw_pw && !fused ? extent.pixels * u_stride : 0);
     du = shared.take<T>(need_du ? extent.pixels * du_stride : 0);
+    kept_dz = shared.take<T>(keeps_dz ? extent.pixels * kept_stride : 0);
     pw_products = shared.take<T>(dw_pw && !direct ? chunks.count * c_out * all_stride : 0);
     through.take(&shared);
   }
@@ -1452,8 +1455,12 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     if (i + 1 < end) {
       const Tiling::Tile t = tiling.tile(i + 1);
       const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-      ahead.add(total.dz, total.dz_stride, pixel, pixels);
-      ahead.add(total.z, total.z_stride, pixel, pixels);
+      if (keeps_dz) {
+        ahead.add(kept_dz, kept_stride, pixel, pixels);
+      } else {
+        ahead.add(total.dz, total.dz_stride, pixel, pixels);
+        ahead.add(total.z, total.z_stride, pixel, pixels);
+      }
       ahead.add(fused ? x.data : nullptr, args.x_pixel_stride, pixel, pixels);
       ahead.add(dx ? dy : nullptr, args.dy_pixel_stride, pixel, pixels);
       ahead.add(dx, channels, pixel, pixels);
@@ -1461,6 +1468,45 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     }
     return ahead;
   };
+
+  if (dw_pw && !fused) {
+    int64_t block = 10 * kRowUnit;
+    while (block > 5 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
+    const int64_t dz_stride = row_pitch<T>(block);
+    conv3x3_rows<S, T>(x, w_partial, extent, u, u_stride, parallel);
+    share_chunks(parallel, chunks, c_out, kRowUnit, kPieceRows, [&](int64_t chunk, int64_t n0, int64_t n1) {
+      T *dz, *rows, *own;
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        dz = carver.take<T>(tiling.max_pixels() * dz_stride);
+        rows = carver.take<T>(tiling.max_pixels() * all_stride);
+        own = carver.take<T>(direct ? block * all_stride : 0);
+      }
+      clear(rows, tiling.max_pixels() * all_stride);
+      for (int64_t b0 = n0; b0 < n1; b0 += block) {
+        const int64_t b1 = clip(b0 + block, n1);
+        T* const product = direct ? own : pw_products + (chunk * c_out + b0) * all_stride;
+        for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
+          const Tiling::Tile t = tiling.tile(i);
+          const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+          total.tile(pixel, pixels, b0, b1 - b0, dz, dz_stride);
+          if (keeps_dz) {
+            copy_rows<T, T>(dz, dz_stride, pixels, b1 - b0, static_cast<const T*>(nullptr),
+                            kept_dz + pixel * kept_stride + b0, kept_stride);
+          }
+          load_u(pixel, pixels, u + pixel * u_stride, rows);
+          add_products<T>(dz, dz_stride, b1 - b0, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
+                          i > chunks.begin(chunk), product, all_stride);
+        }
+        if (direct) {
+          if (tiling.tiles == 0) clear(own, (b1 - b0) * all_stride);
+          copy_rows<T, S>(own, all_stride, b1 - b0, channels, static_cast<const T*>(nullptr), dw_pw + b0 * channels,
+                          channels);
+        }
+      }
+    });
+  }
 
   if (fused) {
     // Many pixels: each tile's gradient of z is made once, for du and for dw_pw.
@@ -1514,7 +1560,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                 for (int round = 0; round < 2; ++round) {
                   if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
                   packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
-                  dz = carver.take<T>(tiling.max_pixels() * dz_stride);
+                  dz = carver.take<T>(keeps_dz ? 0 : tiling.max_pixels() * dz_stride);
                   sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
                   groups = carver.take<RowGroup<T>>(tiling.max_groups());
                 }
@@ -1529,48 +1575,18 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                     Ahead ahead = ahead_of(i, tile1);
                     for (int64_t k = 0; k < c_out; k += hidden_chunk) {
                       const int64_t depth = clip(hidden_chunk, c_out - k);
-                      total.tile(pixel, pixels, k, depth, dz, dz_stride);
-                      add_du(dz, dz_stride, pixels, part, k, depth, groups, sums, &ahead);
+                      if (keeps_dz) {
+                        add_du(kept_dz + pixel * kept_stride + k, kept_stride, pixels, part, k, depth, groups, sums,
+                               &ahead);
+                      } else {
+                        total.tile(pixel, pixels, k, depth, dz, dz_stride);
+                        add_du(dz, dz_stride, pixels, part, k, depth, groups, sums, &ahead);
+                      }
                     }
                     store_du(pixel, pixels, b0, b1, sums, part.n_padded);
                   }
                 }
               });
-  }
-
-  if (dw_pw && !fused) {
-    int64_t block = 10 * kRowUnit;
-    while (block > 5 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
-    const int64_t dz_stride = row_pitch<T>(block);
-    conv3x3_rows<S, T>(x, w_partial, extent, u, u_stride, parallel);
-    share_chunks(parallel, chunks, c_out, kRowUnit, kPieceRows, [&](int64_t chunk, int64_t n0, int64_t n1) {
-      T *dz, *rows, *own;
-      Carver carver;
-      for (int round = 0; round < 2; ++round) {
-        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-        dz = carver.take<T>(tiling.max_pixels() * dz_stride);
-        rows = carver.take<T>(tiling.max_pixels() * all_stride);
-        own = carver.take<T>(direct ? block * all_stride : 0);
-      }
-      clear(rows, tiling.max_pixels() * all_stride);
-      for (int64_t b0 = n0; b0 < n1; b0 += block) {
-        const int64_t b1 = clip(b0 + block, n1);
-        T* const product = direct ? own : pw_products + (chunk * c_out + b0) * all_stride;
-        for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
-          const Tiling::Tile t = tiling.tile(i);
-          const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
-          total.tile(pixel, pixels, b0, b1 - b0, dz, dz_stride);
-          load_u(pixel, pixels, u + pixel * u_stride, rows);
-          add_products<T>(dz, dz_stride, b1 - b0, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
-                          i > chunks.begin(chunk), product, all_stride);
-        }
-        if (direct) {
-          if (tiling.tiles == 0) clear(own, (b1 - b0) * all_stride);
-          copy_rows<T, S>(own, all_stride, b1 - b0, channels, static_cast<const T*>(nullptr), dw_pw + b0 * channels,
-                          channels);
-        }
-      }
-    });
   }
   if (dw_pw && !direct) {
     parallel_for(parallel, c_out, [&](int64_t begin, int64_t end) {
