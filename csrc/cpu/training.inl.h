@@ -1088,8 +1088,13 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
   // A single chunk's products are final: each block of columns is added up in scratch and goes out once. (Its rows in
   // dw are often a power of two apart, which the caches do not bear.)
   const bool direct = chunks.count == 1 && !args.dlayer_scale;
+  // The products read grad converted and scaled, and not from rows a multiple of 512 bytes apart, which would compete
+  // for a few sets of the cache. Where threads share columns that copy is made once, and da is computed from it too.
+  const bool copies = need_products && (!Same<S, T>::value || sample_scale ||
+                                        args.grad_pixel_stride * static_cast<int64_t>(sizeof(T)) % 512 == 0);
+  const bool copied_once = copies && !chunks.many(parallel.num_threads);
   double *dshifts, *dscales, *dsamples;
-  T* products;
+  T *products, *g_all;
   Carver shared;
   for (int round = 0; round < 2; ++round) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
@@ -1097,6 +1102,16 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
     dscales = shared.take<double>(chunks.count * c_hidden);
     dsamples = shared.take<double>(need_sample ? chunks.count * args.batch * units : 0);
     products = shared.take<T>(need_products && !direct ? chunks.count * channels * product_stride : 0);
+    g_all = shared.take<T>(copied_once ? extent.pixels * g_stride : 0);
+  }
+  if (copied_once) {
+    parallel_for(parallel, extent.pixels, [&](int64_t begin, int64_t end) {
+      for (int64_t p = begin; p < end; ++p) {
+        copy_rows<S, T>(grad + p * args.grad_pixel_stride, 0, 1, channels,
+                        sample_scale ? sample_scale + p / area : static_cast<const T*>(nullptr), g_all + p * g_stride,
+                        0);
+      }
+    });
   }
   share_chunks(parallel, chunks, c_hidden, kColumnUnit, kPieceUnits, [&](int64_t chunk, int64_t n0, int64_t n1) {
     T *packed, *da, *a, *g_rows, *factor, *own;
@@ -1107,7 +1122,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
       packed = carver.take<T>(w ? packed_elements(block, channels, sizeof(T)) : 0);
       da = carver.take<T>(tiling.max_pixels() * hidden_stride);
       a = carver.take<T>(need_products || need_sample ? tiling.max_pixels() * hidden_stride : 0);
-      g_rows = carver.take<T>(tiling.max_pixels() * g_stride);
+      g_rows = carver.take<T>(copied_once && !sample_scale ? 0 : tiling.max_pixels() * g_stride);
       factor = carver.take<T>(sample_scale ? tiling.max_pixels() : 0);
       own = carver.take<T>(need_products && direct ? channels * hidden_stride : 0);
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
@@ -1152,7 +1167,9 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
           Gemm<T> g = {};
           const T* rows[1] = {g_rows};
           int64_t row_stride = g_stride;
-          if constexpr (Same<S, T>::value) {
+          if (copied_once && !sample_scale) {
+            rows[0] = g_all + pixel * g_stride;
+          } else if constexpr (Same<S, T>::value) {
             rows[0] = grad_tile;
             row_stride = args.grad_pixel_stride;
           } else {
@@ -1189,18 +1206,17 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
           }
         }
         if (need_products) {
-          const T* g = g_rows;
+          const T* g = copied_once ? g_all + pixel * g_stride : g_rows;
           int64_t row_stride = g_stride;
-          bool copied = false;
           if constexpr (Same<S, T>::value) {
-            // Rows a multiple of 512 bytes apart would compete for a few sets of the cache.
-            if (!sample_scale && args.grad_pixel_stride * static_cast<int64_t>(sizeof(T)) % 512) {
+            if (!copies) {
               g = grad_tile;
               row_stride = args.grad_pixel_stride;
-              copied = true;
             }
           }
-          if (!copied) copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, factors, g_rows, g_stride);
+          if (copies && !copied_once) {
+            copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, factors, g_rows, g_stride);
+          }
           add_products<T>(g, row_stride, channels, a, hidden_stride, round_up(columns, panel_width<T>()), pixels,
                           i > chunks.begin(chunk), product, stride, &ahead);
         }
