@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from . import library
 
 _ops = torch.ops.fasternet_kernels
+_BelowAutograd = torch._C._AutoDispatchBelowAutograd
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _DEVICES = tuple(kind for kind in ("cpu", "cuda") if library.has_kernel("pw_stats", kind))
 
@@ -77,9 +78,17 @@ def _update_running_statistics(norm: nn.Module, mean: Tensor, m2: Tensor, pixels
         return
     for running, batch in ((norm.running_mean, mean), (norm.running_var, m2 / (pixels - 1))):
         if running.dtype == batch.dtype and isinstance(factor, float):
-            running.mul_(1 - factor).add_(batch, alpha=factor)
+            running.lerp_(batch, factor)
         else:
             running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
+
+
+def _run(op, *args):
+    """``op(*args)`` without gradients, and without its autograd kernel, which is in Python."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    with _BelowAutograd():
+        return op(*args)
 
 
 def _scale_and_shift(invstd: Tensor, weight: Tensor | None, bias: Tensor | None):
@@ -100,8 +109,9 @@ class _FromStatistics(torch.autograd.Function):
         mean, invstd, _ = statistics
         scale, shift = _scale_and_shift(invstd, weight, bias)
         if w_pw2 is None:
-            return _ops.bn_act(z, mean, scale, shift, act)
-        return _ops.act_pw_residual(x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act)
+            return _run(_ops.bn_act.default, z, mean, scale, shift, act)
+        after = (w_pw2, layer_scale, sample_scale, act)
+        return _run(_ops.act_pw_residual.default, x, z, mean, scale, shift, *after)
 
     @staticmethod
     @once_differentiable
@@ -115,48 +125,49 @@ class _FromStatistics(torch.autograd.Function):
         sums = inner or need_weight or need_bias
         scale, shift = _scale_and_shift(invstd, weight, bias)
 
-        # The second half of the forward. Not asked for is the mean's gradient, -scale * dshift.
-        vectors, mask = (mean, scale, shift), [inner, False, sums, sums]
+        # The second half of the forward. Its gradient of the mean, -scale * dshift, is not the one
+        # wanted below where other processes have a part in it.
+        alone = ctx.group is None
+        vectors, mask = (mean, scale, shift), [inner, inner and alone, sums, sums]
         if w_pw2 is None:
             if z is None:
-                z, *grads = _ops.bn_act_recompute_backward(
-                    dy, x, *vectors, w_partial, w_conv, ctx.act, mask
-                )
+                op, weights = _ops.bn_act_recompute_backward.default, (w_partial, w_conv)
+                z, *grads = _run(op, dy, x, *vectors, *weights, ctx.act, mask)
             else:
-                grads = _ops.bn_act_backward(dy, z, *vectors, ctx.act, mask)
+                grads = _run(_ops.bn_act_backward.default, dy, z, *vectors, ctx.act, mask)
             dw_pw2 = dlayer_scale = dsample_scale = None
         else:
             after = (w_pw2, layer_scale, sample_scale, ctx.act, mask + others)
             if z is None:
-                z, *grads = _ops.act_pw_residual_recompute_backward(
-                    dy, x, *vectors, w_partial, w_conv, *after
-                )
+                op = _ops.act_pw_residual_recompute_backward.default
+                z, *grads = _run(op, dy, x, *vectors, w_partial, w_conv, *after)
             else:
-                grads = _ops.act_pw_residual_backward(dy, z, *vectors, *after)
+                grads = _run(_ops.act_pw_residual_backward.default, dy, z, *vectors, *after)
             dw_pw2, dlayer_scale, dsample_scale = grads[4:]
-        dz, _, dscale, dshift = grads[:4]
+        dz, dmean, dscale, dshift = grads[:4]
         dweight = (dscale * invstd).to(weight.dtype) if need_weight else None
         dbias = dshift.to(bias.dtype) if need_bias else None
 
         # The statistics, then the first half.
         dx = dw_partial = dw_conv = None
         if inner:
-            if ctx.group is not None:
+            pixels = count = z.shape[0] * z.shape[2] * z.shape[3]
+            if not alone:
                 both = torch.cat((dscale, dshift))
                 dist.all_reduce(both, group=ctx.group)
                 dscale, dshift = both.chunk(2)
-            pixels = z.shape[0] * z.shape[2] * z.shape[3]
-            count = pixels if total is None else total
-            dmean = dshift * scale * (-pixels / count)
-            dm2 = dscale * scale * invstd.square() * (-0.5 / count)
+                count = total
+                dmean = dshift * scale * (-pixels / count)
+            dm2 = (dscale * invstd).mul_(invstd).mul_(scale).mul_(-0.5 / count)
             first = (dz, dmean, dm2, x, z, mean)
             if w_partial is None:
-                dx, dw_conv = _ops.patch_stats_backward(*first, w_conv, [need_x, need_conv])
+                mask = [need_x, need_conv]
+                dx, dw_conv = _run(_ops.patch_stats_backward.default, *first, w_conv, mask)
             else:
                 mask = [need_x, need_partial, need_conv]
                 residual = None if w_pw2 is None else dy
-                dx, dw_partial, dw_conv = _ops.pw_stats_backward(
-                    *first, w_partial, w_conv, mask, residual
+                dx, dw_partial, dw_conv = _run(
+                    _ops.pw_stats_backward.default, *first, w_partial, w_conv, mask, residual
                 )
         grads = (dx, dw_partial, dw_conv, dweight, dbias, dw_pw2, dlayer_scale, dsample_scale)
         return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad)), *([None] * 7)
@@ -199,9 +210,9 @@ def batch_norm_layer(
     """
     with torch.no_grad():
         if w_partial is None:
-            z, mean, m2 = _ops.patch_stats(x, w_conv)
+            z, mean, m2 = _run(_ops.patch_stats.default, x, w_conv)
         else:
-            z, mean, m2 = _ops.pw_stats(x, w_partial, w_conv)
+            z, mean, m2 = _run(_ops.pw_stats.default, x, w_partial, w_conv)
         pixels = z.shape[0] * z.shape[2] * z.shape[3]
         group, total = process_group(norm), None
         if group is not None:
@@ -215,6 +226,6 @@ def batch_norm_layer(
             )
         count = pixels if total is None else total
         _update_running_statistics(norm, mean, m2, count)
-        invstd = torch.rsqrt(m2 / count + norm.eps)
+        invstd = (m2 / count).add_(norm.eps).rsqrt_()
     parameters = (w_partial, w_conv, norm.weight, norm.bias, w_pw2, layer_scale, sample_scale)
     return _FromStatistics.apply(x, *parameters, z, mean, invstd, total, act, lean, group)

@@ -658,8 +658,8 @@ void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t p
   }
 }
 
-// 12 rows x 2 vectors or 8 x 3 in the 32 registers of AVX-512, half as many rows in 16 registers. Three vectors end an
-// odd number of them.
+// 8 rows x 3 vectors in the 32 registers of AVX-512, 12 x 2 where three do not divide the columns; half as many rows in
+// 16 registers.
 constexpr int kOuterRows = FASTERNET_VECTOR_BYTES == 64 ? 12 : 6;
 template <class T, int kVecs>
 struct OuterTable {
@@ -679,7 +679,7 @@ constexpr OuterTable<T, kVecs> kOuter{};
 // c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], at most kOuterDepth pixels at a time, which keeps the
 // rounding error of many pixels near that of a few. Rows of b are readable to whole vectors. While it runs it fetches
 // what lies ahead.
-constexpr int64_t kOuterDepth = 112;
+constexpr int64_t kOuterDepth = kTilePixels / 2;
 constexpr int64_t kShortRow = 24;  // pixels that are too few for reading and writing c
 template <class T>
 void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t pixels,
