@@ -1377,8 +1377,8 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
 
 // ---- pw_stats_backward ----------------------------------------------------------------------------------------------
 
-// Four passes: u again and with it dw_pw; du, whose untouched channels are dx; and through the 3x3 convolution dx's first
-// channels and dw_partial.
+// Four passes: u again and with it dw_pw; du, whose untouched channels are dx; and through the 3x3 convolution dx's
+// first channels and dw_partial.
 template <class S, class T>
 void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parallel) {
   const int64_t channels = args.channels, c_partial = args.c_partial, c_out = args.c_out;
