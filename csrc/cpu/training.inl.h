@@ -20,9 +20,9 @@ constexpr int64_t kSmallWeight = 64 << 10;     // a larger weight's partial sums
 constexpr int64_t kMaxChunks = 32;
 // Rows of a weight gradient are shared in multiples of kRowUnit: of every micro-kernel's rows.
 constexpr int64_t kRowUnit = 24;
-constexpr int64_t kPieceRows = 10;  // units that a thread takes at least where it copies all channels of x for them
-constexpr int64_t kPieceTaps = 2;   // where it copies the convolved ones alone
-constexpr int64_t kSumRows = 16;    // values in one chain of additions
+constexpr int64_t kPieceRows = 7;  // units that a thread takes at least where it copies all channels of x for them
+constexpr int64_t kPieceTaps = 2;  // where it copies the convolved ones alone
+constexpr int64_t kSumRows = 16;   // values in one chain of additions
 
 // ---- Vectors of channels --------------------------------------------------------------------------------------------
 
@@ -732,12 +732,12 @@ struct Share {
 
 // run(tile0, tile1, n0, n1, packed_already) on all tiles and all n columns. packed_already: the thread has just run
 // other tiles, and the weight that it packed for all n columns is still there. Where it packs block after block of
-// columns, it does so again for each piece, so there are only two of them.
+// columns, it does so again for each piece, so there are only two of them. Columns go by half blocks at least: for each
+// piece all pixels are read.
 template <class F>
 void share_out(const ParallelFor& parallel, const Share& share, int64_t tiles, int64_t n, const F& run) {
   const bool keeps = share.block >= n;
-  const int64_t block_units = ceil_div(share.block, kColumnUnit);
-  const int64_t least = share.by_columns ? round_up(kPieceUnits, block_units)
+  const int64_t least = share.by_columns ? ceil_div(share.block, 2 * kColumnUnit)
                         : keeps          ? 1
                                          : ceil_div(tiles, 2 * parallel.num_threads);
   parallel_pieces(parallel, share.by_columns ? ceil_div(n, kColumnUnit) : tiles, least,
