@@ -5,6 +5,10 @@
 #include <new>
 #include <stdexcept>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include "kernels.h"
 
 namespace fasternet {
@@ -72,6 +76,19 @@ const Kernels& select() {
 // be no next one, and giving the memory to the process anew costs little beside computing on so much.
 constexpr int64_t kSmall = int64_t{32} << 20, kLarge = int64_t{128} << 20;
 
+// A buffer that fills half a huge page is made of whole ones, where Linux grants them: kernels go through rows that are
+// kilobytes apart, in more pages of the usual size than the processor keeps addresses of.
+constexpr int64_t kHugePage = int64_t{2} << 20;
+int64_t size_of_buffer(int64_t bytes) { return bytes < kHugePage / 2 ? bytes : (bytes + kHugePage - 1) & -kHugePage; }
+std::align_val_t alignment(int64_t size) { return std::align_val_t(size >= kHugePage ? kHugePage : 64); }
+void* new_buffer(int64_t size) {
+  void* const data = ::operator new(static_cast<size_t>(size), alignment(size));
+#ifdef MADV_HUGEPAGE
+  if (size >= kHugePage) madvise(data, static_cast<size_t>(size), MADV_HUGEPAGE);  // refused, it is slower
+#endif
+  return data;
+}
+
 struct ThreadScratch {
   void* data[kSlotCount] = {};
   int64_t bytes[kSlotCount] = {};
@@ -83,7 +100,7 @@ struct ThreadScratch {
     }
   }
   void release(int slot) {
-    ::operator delete(data[slot], std::align_val_t(64));
+    ::operator delete(data[slot], alignment(bytes[slot]));
     data[slot] = nullptr;
     bytes[slot] = 0;
   }
@@ -142,8 +159,9 @@ void* scratch(Slot slot, int64_t bytes) {
   if (mine.needed[slot] < bytes) mine.needed[slot] = bytes;
   if (mine.bytes[slot] < bytes) {
     mine.release(slot);
-    mine.data[slot] = ::operator new(static_cast<size_t>(bytes), std::align_val_t(64));
-    mine.bytes[slot] = bytes;
+    const int64_t size = size_of_buffer(bytes);
+    mine.data[slot] = new_buffer(size);
+    mine.bytes[slot] = size;
   }
 #ifdef FASTERNET_GUARD_SCRATCH
   char* const data = static_cast<char*>(mine.data[slot]);
