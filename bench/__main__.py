@@ -13,8 +13,9 @@
 Rows are appended to bench/results/<device>.csv as they come. Cut off? `--resume` goes on where the
 last run ended. Filters: --only t0,s --providers ours,mnn --threads 1 --batch 1 --mode latency.
 `operators --only pconv3x3` finds single operators of each stage too.
-Tables compare rows of one session only; trials belong elsewhere, --csv trial.csv. Close everything
-else first: what another process takes, some provider loses.
+Ratios compare rows of one session only, and the times of one table or chart are of one run, the
+last of those that measured the most of it; trials belong elsewhere, --csv trial.csv. Close
+everything else first: what another process takes, some provider loses.
 """
 
 from __future__ import annotations

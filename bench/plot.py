@@ -49,27 +49,31 @@ def figures(rows: Sequence[Row]) -> dict[str, object]:
         ImportError: matplotlib is missing.
         ValueError: no row has a number.
     """
-    last = [row for row in results.latest(rows) if row.ok and row.mode == "latency"]
-    last = [row for row in last if row.dtype == "fp32"]
-    if not last:
+    found = [row for row in rows if row.ok and (row.mode, row.dtype) == ("latency", "fp32")]
+    if not found:
         raise ValueError("no results to draw: python -m bench")
     names = {f"fasternet_{size}" for size in workloads.NETWORKS} | {"mobilenetv2_100"}
-    networks = [row for row in last if row.workload in names]
+    networks = [row for row in found if row.workload in names]
     charts: dict[str, object] = {}
     for batch, threads in sorted({(row.batch, row.threads) for row in networks}):
-        chosen = [row for row in networks if (row.batch, row.threads) == (batch, threads)]
+        chosen = _of_one_run(networks, batch, threads)
         charts[f"latency_batch{batch}_threads{threads}"] = _latency(chosen, batch, threads)
         if batch == 1:
             charts[f"speedup_threads{threads}"] = _speedup(chosen, threads)
             charts[f"accuracy_threads{threads}"] = _accuracy(rows, threads)
-    chains = [r for r in last if r.kind == "chain" and r.batch == 1 and r.peak_share is not None]
+    chains = [r for r in found if r.kind == "chain" and r.batch == 1 and r.peak_share is not None]
     for threads in sorted({row.threads for row in chains}):
-        chosen = [row for row in chains if row.threads == threads]
+        chosen = _of_one_run(chains, 1, threads)
         charts[f"peak_share_threads{threads}"] = _shares(chosen, threads)
         charts[f"roofline_threads{threads}"] = _roofline(chosen, threads)
     for threads in tables.layer_threads(rows):
         charts[f"operators_threads{threads}"] = _operators(rows, threads)
     return {name: figure for name, figure in charts.items() if figure is not None}
+
+
+def _of_one_run(rows: Sequence[Row], batch: int, threads: int) -> list[Row]:
+    same = (row for row in rows if (row.batch, row.threads) == (batch, threads))
+    return results.latest(results.fullest_run(same))
 
 
 # ---- Networks ------------------------------------------------------------------------------------

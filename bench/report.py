@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 
 from bench import results, stats
@@ -221,20 +222,18 @@ def threads_text(number: int) -> str:
 
 def readme_text(rows: Sequence[Row]) -> str:
     """README's tables, as Markdown: networks by batch and threads, and where it was measured."""
-    last = results.latest(rows)
     # The other networks have a table of their own.
     names = {f"fasternet_{name}" for name in NETWORKS} | {"mobilenetv2_100"}
-    last = [r for r in last if r.workload in names and r.dtype == "fp32"]
-    if not last:
+    groups: dict[tuple[str, int, int], list[Row]] = {}
+    for row in rows:
+        if row.workload in names and row.dtype == "fp32":
+            groups.setdefault((row.mode, row.batch, row.threads), []).append(row)
+    if not groups:
         return "No results are committed yet."
-    newest = max(last, key=lambda row: row.date)
+    groups = {key: results.latest(results.fullest_run(groups[key])) for key in sorted(groups)}
+    newest = max(itertools.chain(*groups.values()), key=lambda row: row.date)
     parts = [_where(newest)]
-    groups = dict.fromkeys(
-        (r.mode, r.batch, r.threads)
-        for r in sorted(last, key=lambda r: (r.mode, r.batch, r.threads))
-    )
-    for mode, batch, threads in groups:
-        group = [r for r in last if (r.mode, r.batch, r.threads) == (mode, batch, threads)]
+    for (mode, batch, threads), group in groups.items():
         if mode == "latency":
             title = f"Batch {batch}, {threads_text(threads)}: milliseconds per call"
             cell = milliseconds

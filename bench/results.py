@@ -26,6 +26,7 @@ __all__ = [
     "Row",
     "append",
     "default_path",
+    "fullest_run",
     "latest",
     "newest_file",
     "newest_run",
@@ -189,6 +190,21 @@ def latest(rows: Sequence[Row]) -> list[Row]:
         best = max(reversed(sessions.values()), key=lambda s: sum(row.ok for row in s.values()))
         chosen += best.values()
     return chosen
+
+
+def fullest_run(rows: Iterable[Row]) -> list[Row]:
+    """Those of one run: the last of the runs that have a number for the most work and, of that, the
+    most providers. Times of one table or chart come from here, for a machine may be slower in
+    another run; a later run of a part of the work does not mix with them."""
+    runs: dict[str, list[Row]] = {}
+    for row in rows:
+        runs.setdefault(row.run, []).append(row)
+
+    def measured(run: list[Row]) -> tuple[int, int]:
+        keys = {row.key for row in run if row.ok}
+        return len({key[:-1] for key in keys}), len(keys)
+
+    return max(reversed(runs.values()), key=measured, default=[])
 
 
 def newest_run(rows: Sequence[Row]) -> str | None:

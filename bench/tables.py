@@ -77,6 +77,11 @@ def _latency(rows: Iterable[Row], kind: str) -> list[Row]:
     ]
 
 
+def _networks(rows: Iterable[Row]) -> list[Row]:
+    """What tables and charts of networks are made of: one run, whatever the threads."""
+    return results.fullest_run(_latency(rows, "network"))
+
+
 def _sessions(rows: Iterable[Row]) -> list[list[Row]]:
     found: dict[str, list[Row]] = {}
     for row in rows:
@@ -85,9 +90,10 @@ def _sessions(rows: Iterable[Row]) -> list[list[Row]]:
 
 
 def beside(rows: Sequence[Row], fasternet: str, rival: str, threads: int) -> Beside | None:
-    """The two networks in the fullest of the last sessions that had both; None without one."""
+    """The two networks in the fullest of the last sessions that had both, of the fullest run; None
+    without one."""
     chosen, size = None, 0
-    for session in _sessions(r for r in _latency(rows, "network") if r.threads == threads):
+    for session in _sessions(r for r in _networks(rows) if r.threads == threads):
         others = [r for r in session if r.workload == rival and r.ok]
         same = [r for r in session if r.workload == fasternet and r.ok]
         ours = [r for r in same if r.provider == "ours"]
@@ -100,7 +106,7 @@ def beside(rows: Sequence[Row], fasternet: str, rival: str, threads: int) -> Bes
 
 def _network_threads(rows: Sequence[Row]) -> list[int]:
     names = {system.name for system in zoo.SYSTEMS} - {"mobilenetv2_100"}
-    found = {row.threads for row in _latency(rows, "network") if row.workload in names}
+    found = {row.threads for row in _networks(rows) if row.workload in names}
     return sorted(found)
 
 
@@ -126,8 +132,8 @@ def rivals_text(rows: Sequence[Row]) -> str:
     top1 = figures.get("fasternet_t0", "top1").value
     return (
         f"How many times faster FasterNet-T0 ({top1} % top-1) is than each network, each on "
-        "the faster of ONNX Runtime and OpenVINO (FasterNet-T0 and MobileNetV2: on whatever was "
-        "fastest), batch 1; below 1 it is slower. MobileViT and EdgeNeXt read 256 x 256 pixels. "
+        "the faster of ONNX Runtime and OpenVINO (FasterNet-T0 and MobileNetV2: or eager PyTorch), "
+        "batch 1; below 1 it is slower. MobileViT and EdgeNeXt read 256 x 256 pixels. "
         f"The paper measured eager PyTorch on one thread.\n\n{report.markdown(lines)}"
     )
 
@@ -175,11 +181,11 @@ def networks_text(rows: Sequence[Row]) -> str:
 
 
 def fastest(rows: Sequence[Row], name: str, threads: int, ours: bool | None = None) -> Row | None:
-    """A network's fastest row, in the fullest of its last sessions; `ours` leaves this library's
-    rows or those of others. Of this library the default tier counts."""
+    """A network's fastest row, in the fullest of its last sessions, of the fullest run; `ours`
+    leaves this library's rows or those of others. Of this library the default tier counts."""
     mine = [
         r
-        for r in _latency(rows, "network")
+        for r in _networks(rows)
         if (r.workload, r.threads) == (name, threads) and r.provider != "ours_fast"
     ]
     sessions = _sessions(mine)
@@ -192,7 +198,7 @@ def fastest(rows: Sequence[Row], name: str, threads: int, ours: bool | None = No
 def _failures(rows: Sequence[Row], name: str, threads: int) -> list[str]:
     return [
         f"{LABELS[name]}, {PROVIDERS[row.provider].label}: {row.status}"
-        for row in _latency(rows, "network")
+        for row in _networks(rows)
         if (row.workload, row.threads) == (name, threads) and not row.ok
     ]
 
@@ -229,13 +235,11 @@ def errors_text(rows: Sequence[Row]) -> str:
 
 
 def layer_rows(rows: Sequence[Row], threads: int, side: tuple[int, int]) -> dict[str, list[Row]]:
-    """operator -> its rows with a number at one feature map, all of the fullest last session."""
+    """operator -> its rows with a number at one feature map, all of the fullest last session in the
+    fullest run."""
     ending = f"_{side[0]}x{side[1]}"
-    mine = [
-        row
-        for row in _latency(rows, "layers")
-        if row.threads == threads and row.workload.endswith(ending)
-    ]
+    run = results.fullest_run(row for row in _latency(rows, "layers") if row.threads == threads)
+    mine = [row for row in run if row.workload.endswith(ending)]
     sessions = _sessions(mine)
     if not sessions:
         return {}

@@ -252,8 +252,8 @@ def session_text(title: str, rows: Sequence[Row], saved: dict[str, int]) -> str:
 
 
 def table_text(rows: Sequence[Row]) -> str:
-    """The newest steps as Markdown: milliseconds of each provider, and how many times ours."""
-    last = [row for row in results.latest(rows) if row.kind == "training"]
+    """The last run's steps as Markdown: milliseconds of each provider, and how many times ours."""
+    last = results.latest(results.fullest_run(row for row in rows if row.kind == "training"))
     if not any(row.ok for row in last):
         return "Not measured yet: `python -m bench training`."
     steps = dict.fromkeys((row.workload, row.batch, row.threads) for row in last)

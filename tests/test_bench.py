@@ -221,6 +221,24 @@ def test_the_fullest_of_the_last_sessions_counts():
     assert results.latest([*old, *new, *look, elsewhere]) == [*new, elsewhere]
 
 
+def test_the_fullest_of_the_last_runs_counts():
+    """By the work that has a number, then by its providers; of equals the last."""
+    work = (("fasternet_t0", "ours"), ("fasternet_t0", "mnn"), ("fasternet_l", "ours"))
+
+    def run(name, *pairs):
+        return [row(p, workload=w, run=name, session=f"{name}/{w}") for w, p in pairs]
+
+    whole, again = run("1", *work), run("2", *work)
+    many = run("3", *(("fasternet_t0", p) for p in (*PEERS, "ours")))  # providers, little work
+    few = run("4", *work[1:])
+    dead = [*run("5", work[0]), failed("mnn", "died", workload="fasternet_l", run="5")]
+    assert results.fullest_run([*whole, *again, *many, *few, *dead]) == again
+    resumed = run("1", ("fasternet_m", "ours"))
+    assert results.fullest_run([*whole, *again, *resumed]) == [*whole, *resumed]
+    assert results.fullest_run([*many, *dead]) == many
+    assert results.fullest_run([]) == []
+
+
 def test_other_columns_are_refused(tmp_path):
     path = tmp_path / "results.csv"
     results.append(path, [row()])
@@ -556,6 +574,92 @@ def test_networks_beside_each_other():
     for name in ("HorNet", "TRT-ViT", "PP-PicoDet"):
         assert name in tables.left_out_text()
     assert "python -m bench networks" in tables.networks_text([])
+
+
+# What every table and chart but that of published accuracies can show.
+WHOLE = [
+    *COMPARED,
+    row("mnn", 7.0),
+    *(row(p, m, workload="fasternet_l") for p, m in (("ours", 40.0), ("openvino", 50.0))),
+    *(
+        row(
+            workload=f"{n}_stage1_relu", channels=c, kind="chain", act="relu", gb_per_s=9.0,
+            copy_gb_per_s=10.0, peak_gflop_per_s=200.0, session=f"r1/{n}",
+        )
+        for n, c in (("t0", 40), ("l", 192))
+    ),
+    *(
+        row(p, m, workload=f"fasternet_{n}_step", kind="training", session=f"r1/{n} step")
+        for n in ("t0", "s")
+        for p, m in (("eager_channels_last", 200.0), ("ours", 100.0))
+    ),
+]  # fmt: skip
+
+
+def slower(rows):
+    """The same in a later run on a machine of a third of the speed."""
+    return [
+        dataclasses.replace(
+            r,
+            run="r2",
+            session=r.session.replace("r1", "r2") + " r2",
+            date="2026-02-03T04:05:06Z",
+            commit="def",
+            median_ms=3 * r.median_ms,
+            p20_ms=3 * r.p20_ms,
+            p80_ms=3 * r.p80_ms,
+            round_medians_ms=tuple(3 * t for t in r.round_medians_ms),
+            gflop_per_s=r.gflop_per_s / 3,
+            peak_share=r.peak_share / 3,
+        )
+        for r in rows
+    ]
+
+
+def drawn(rows, folder):
+    return {file.stem: file.read_bytes() for file in plot.draw(rows, folder, ["svg"])}
+
+
+def test_times_side_by_side_are_of_one_run(tmp_path):
+    """A later run of a part changes no table and no chart, one of everything all of them."""
+    timed = {n: make for n, make in pages.TABLES.items() if n not in ("left-out", "errors")}
+    before = {name: make(WHOLE) for name, make in timed.items()}
+    charts = drawn(WHOLE, tmp_path / "before")
+    assert len(charts) == 6
+    part = [
+        r
+        for r in WHOLE
+        if r.ok and re.match(r"fasternet_t0(_step)?$|t0_stage1|.*_96x56$", r.workload)
+    ]
+    assert {r.kind for r in part} == {r.kind for r in WHOLE}
+    rows = [*WHOLE, *slower(part)]
+    assert {name: make(rows) for name, make in timed.items()} == before
+    assert drawn(rows, tmp_path / "part") == charts
+    rows = [*WHOLE, *slower(r for r in WHOLE if r.ok)]
+    after = {name: make(rows) for name, make in timed.items()}
+    ratios = {"rivals", "conclusions"}  # which a machine's speed does not change
+    assert {name for name in timed if after[name] == before[name]} == ratios
+    again = drawn(rows, tmp_path / "whole")
+    assert not [name for name in charts if again[name] == charts[name]]
+
+
+def test_a_run_of_the_goals_leaves_the_networks_together(tmp_path):
+    """It has more providers of the FasterNets and of MobileNetV2, and no other network."""
+    goals = [r for r in WHOLE if r.kind == "network" and r.ok and "mobilev" not in r.workload]
+    goals = slower(r for r in goals if r.workload != "edgenext_xx_small")
+    goals += slower([row(p, 30.0) for p in ("eager_nchw", "torch_compile", "ours_fast")])
+    goals += slower([row("mnn", 2.5, workload="mobilenetv2_100")])
+    rows = [*WHOLE, *goals]
+    table = lines_of(tables.networks_text(rows))
+    assert table["**FasterNet-T0**"][3:5] == ["4.00", "fasternet_kernels"]
+    assert table["MobileNetV2"][3:] == ["3.00", "OpenVINO", "0.75x (0.75 to 0.75) (T0)"]
+    for make in (tables.networks_text, tables.rivals_text, tables.conclusions_text):
+        assert make(rows) == make(WHOLE)
+    charts, after = (drawn(r, tmp_path / f"{len(r)}") for r in (WHOLE, rows))
+    assert after["accuracy_threads1"] == charts["accuracy_threads1"]
+    # What shows FasterNet by every provider is of the run that has most of them.
+    assert "| fasternet_t0 | 90.00 | 90.00 |" in report.readme_text(rows)
+    assert after["latency_batch1_threads1"] != charts["latency_batch1_threads1"]
 
 
 def test_operators_and_conclusions():
