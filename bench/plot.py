@@ -219,7 +219,7 @@ def _latency(rows: list[Row], batch: int, threads: int):
     lines = -(-len(names) // columns)
     figure = _figure(4.2 * columns, 0.8 + 2.4 * lines)
     panels = figure.subplots(lines, columns, squeeze=False).flat
-    for panel, name in zip(panels, names):
+    for name, panel in zip(names, panels):
         shown = {row.provider: row for row in rows if row.workload == name}
         shown = [shown[provider] for provider in PROVIDERS if provider in shown]
         medians = [row.median_ms for row in shown]

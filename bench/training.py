@@ -1,7 +1,8 @@
 """A training step, in turns: forward, loss, backward and an SGD step with momentum.
 
-Providers are one PyTorch in one process, so they share its threads and take turns in bursts. None
-gets a number before its loss and its gradients have been compared with float64's.
+Each provider has a process of its own, as a user's would: what one leaves in the allocator saves
+another its page faults. None gets a number before its loss and its gradients have been compared
+with float64's.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fasternet_kernels as fk
-from bench import report, results, stats
+from bench import report, results, session, stats, workloads
 from bench.report import Verdict, best, compare
 from bench.results import Row
 from fasternet_kernels import timing
@@ -25,6 +26,7 @@ __all__ = [
     "GOALS",
     "LABELS",
     "WORK",
+    "Trainer",
     "judge",
     "measure",
     "saved_bytes",
@@ -104,6 +106,41 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
     return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 
 
+class Trainer:
+    """A provider's model: what the requests to its process name (see ``bench.worker``)."""
+
+    def __init__(self, provider: str):
+        if provider not in LABELS:
+            raise ValueError(f"no provider {provider!r}")
+        self.provider = provider
+
+    def prepare(
+        self, network: str, batch: int, size: int, threads: int
+    ) -> tuple[float, float, int | None]:
+        """Makes the step ready.
+
+        Returns:
+            The relative L2 norm of its answers' error and the largest, against float64; the bytes
+            it saves for backward, unless it is one graph.
+        """
+        torch.set_num_threads(threads)
+        torch.manual_seed(0)
+        plain = getattr(fk.models, f"fasternet_{network}")(drop_path_rate=0.0).train()
+        x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
+        target = torch.randint(0, 1000, (batch,))
+        exact = _answers(copy.deepcopy(plain).double(), x.double(), target)
+        model = _model(plain, self.provider)
+        off = _answers(model, x, target) - exact
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
+        self.step = functools.partial(_step, model, optimizer, x, target)
+        saved = None if self.provider == "compile" else saved_bytes(model, x)
+        return (off.norm() / exact.norm()).item(), off.abs().max().item(), saved
+
+    def burst(self, seconds: float, dropped: int, minimum: int) -> tuple[float, ...]:
+        """Seconds per step, as ``timing.burst``."""
+        return timing.burst(self.step, seconds, dropped, minimum)
+
+
 # ---- Measuring -----------------------------------------------------------------------------------
 
 
@@ -140,59 +177,50 @@ def measure(
             raise ValueError(f"no provider {provider!r}; there are {', '.join(LABELS)}")
     if not work:
         raise ValueError("the filters leave nothing to measure")
-    before, threads = torch.get_num_threads(), threads or torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        for i, (network, batch) in enumerate(work):
-            common = {
-                "run": run,
-                "session": f"{run}/training {i}",
-                "kind": "training",
-                "workload": workload(network),
-                "batch": batch,
-                "threads": threads,
-                "height": size,
-                "width": size,
-            }
-            rows, saved = _session(common, network, providers, quick, progress)
-            results.append(path, rows)
-            yield f"{workload(network)}, batch {batch}, threads {threads}", rows, saved
-    finally:
-        torch.set_num_threads(before)
+    threads = threads or torch.get_num_threads()
+    for i, (network, batch) in enumerate(work):
+        common = {
+            "run": run,
+            "session": f"{run}/training {i}",
+            "kind": "training",
+            "workload": workload(network),
+            "act": workloads.find(f"fasternet_{network}").act,
+            "batch": batch,
+            "threads": threads,
+            "height": size,
+            "width": size,
+        }
+        with session.Pool() as pool:
+            rows, saved = _session(pool, common, network, providers, quick, progress)
+        results.append(path, rows)
+        yield f"{workload(network)}, batch {batch}, threads {threads}", rows, saved
 
 
-def _session(common, network, providers, quick, progress) -> tuple[list[Row], dict[str, int]]:
-    torch.manual_seed(0)
-    plain = getattr(fk.models, f"fasternet_{network}")(drop_path_rate=0.0).train()
-    batch, size = common["batch"], common["height"]
-    x = torch.randn(batch, 3, size, size).to(memory_format=torch.channels_last)
-    target = torch.randint(0, 1000, (batch,))
-    exact = _answers(copy.deepcopy(plain).double(), x.double(), target)
-    scale, functions, saved, found = exact.norm(), {}, {}, {}
-    act = next(
-        type(m).__name__.lower() for m in plain.modules() if isinstance(m, nn.GELU | nn.ReLU)
-    )
+def _session(pool, common, network, providers, quick, progress) -> tuple[list[Row], dict[str, int]]:
+    batch, size, threads = common["batch"], common["height"], common["threads"]
+    functions, saved, found = {}, {}, {}
+    settings = {"rounds": 2, "pause_seconds": 0} if quick else {"rounds": 12, "pause_seconds": 0.1}
+    burst = (0.1 if quick else 0.6, 1, 2)  # seconds, dropped calls, calls at least
     for provider in providers:
-        model = _model(plain, provider)
-        off = _answers(model, x, target) - exact
-        error = (off.norm() / scale).item()
-        ok = error <= GATE[act]
+        process = pool.get(f"training:{provider}", threads)
+        try:
+            error, largest, kept = process.request("prepare", network, batch, size, threads)
+        except session.WorkerError as reason:
+            found[provider] = {"status": str(reason)}
+            continue
+        ok = error <= GATE[common["act"]]
         found[provider] = {
             "status": "ok" if ok else f"wrong: relative error {error:.1e}",
             "error_rel_l2": error,
-            "error_max_abs": off.abs().max().item(),
+            "error_max_abs": largest,
         }
         if ok:
-            optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
-            functions[provider] = functools.partial(_step, model, optimizer, x, target)
-            if provider != "compile":  # its graph is one node
-                saved[provider] = saved_bytes(model, x)
-    settings = {"rounds": 2, "burst_seconds": 0.1} if quick else {"rounds": 8, "burst_seconds": 1.0}
+            functions[provider] = functools.partial(process.request, "burst", *burst)
+            if kept is not None:
+                saved[provider] = kept
     taken = {}
     if functions:
-        taken = timing.measure(
-            functions, dropped_calls=1, minimum_calls=2, progress=progress, **settings
-        )
+        taken = timing.interleave(functions, progress=progress, **settings)
     medians = {p: _round_medians(t) for p, t in taken.items()}
     rows = []
     for provider in providers:
@@ -217,7 +245,6 @@ def _session(common, network, providers, quick, progress) -> tuple[list[Row], di
                 **results.provenance(),
                 **common,
                 channels=3,
-                act=act,
                 mode="latency",
                 dtype="fp32",
                 **values,

@@ -2,7 +2,8 @@
 
 It answers requests (command, arguments) on the connection FD with ("ok", result) or ("error",
 reason). A process for each provider keeps the thread pools of one out of the bursts of another, and
-a crash costs one provider's rows only. "machine" in place of a provider measures the machine.
+a crash costs one provider's rows only. "machine" in place of a provider measures the machine;
+"training:" before one, its training steps.
 """
 
 from __future__ import annotations
@@ -113,13 +114,22 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+def _target(name: str) -> object:
+    if name == "machine":
+        return Machine()
+    if name.startswith("training:"):
+        from bench.training import Trainer
+
+        return Trainer(name.removeprefix("training:"))
+    return Worker(name)
+
+
 def main(argv: list[str]) -> None:
     """Serves one provider on the connection with the given file descriptor."""
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     connection = Connection(int(argv[0]))
-    target = Machine() if argv[1] == "machine" else Worker(argv[1])
-    serve(connection, target)
+    serve(connection, _target(argv[1]))
     os._exit(0)  # without the destructors of the runtimes, some of which hang or crash
 
 

@@ -2,7 +2,7 @@
 
 A processor's clock, its temperature and its other tenants drift over seconds, so timing one
 function after the other compares their moments as much as their code. Here the functions take turns
-in bursts of a few tenths of a second, in a new order each round. A pause goes before each burst,
+in bursts of a fraction of a second, in a new order each round. A pause goes before each burst,
 because the idle threads of another runtime may spin for a while after their last call, and a
 burst's first calls, which find cold caches, are dropped.
 """
