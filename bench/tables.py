@@ -132,8 +132,8 @@ def rivals_text(rows: Sequence[Row]) -> str:
     top1 = figures.get("fasternet_t0", "top1").value
     return (
         f"How many times faster FasterNet-T0 ({top1} % top-1) is than each network, each on "
-        "the faster of ONNX Runtime and OpenVINO (FasterNet-T0 and MobileNetV2: or eager PyTorch), "
-        "batch 1; below 1 it is slower. MobileViT and EdgeNeXt read 256 x 256 pixels. "
+        "the faster of ONNX Runtime and OpenVINO (FasterNet-T0 and MobileNetV2 also on eager "
+        "PyTorch), batch 1; below 1 it is slower. MobileViT and EdgeNeXt read 256 x 256 pixels. "
         f"The paper measured eager PyTorch on one thread.\n\n{report.markdown(lines)}"
     )
 

@@ -78,7 +78,7 @@ def _update_running_statistics(norm: nn.Module, mean: Tensor, m2: Tensor, pixels
         return
     for running, batch in ((norm.running_mean, mean), (norm.running_var, m2 / (pixels - 1))):
         if running.dtype == batch.dtype and isinstance(factor, float):
-            running.lerp_(batch, factor)
+            running.mul_(1 - factor).add_(batch, alpha=factor)
         else:
             running.copy_((1 - factor) * running.to(batch.dtype) + factor * batch)
 

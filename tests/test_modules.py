@@ -235,6 +235,19 @@ def test_unusual_norms(name, unusual, training):
         wild.assert_agree(ours.eval(), plain.eval(), x)
 
 
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_statistics_that_are_lost_stay_so(value):
+    """As in nn.BatchNorm2d: an infinite running statistic does not become a number, or another."""
+    models = ours, plain = pair("block")
+    for model in models:
+        for m in model.train().modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.fill_(value), m.running_var.fill_(abs(value))
+        model(image())
+    for got, expected in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", PACKING)
 def test_sync_batch_norm_in_one_process(name, training):

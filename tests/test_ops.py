@@ -1099,7 +1099,13 @@ def test_one_hidden_channel(channels):
 
 
 # Hidden channels within a vector, off a panel, and more than one pass of K; few pixels and many.
-THREADED = [Case(5, 40, 14, 14), Case(2, 35, 14, 14), Case(3, 132, 20, 26), Case(2, 320, 7, 7)]
+THREADED = [
+    Case(5, 40, 14, 14),
+    Case(2, 35, 14, 14),
+    Case(2, 128, 14, 14),
+    Case(3, 132, 20, 26),
+    Case(2, 320, 7, 7),
+]
 
 
 @pytest.mark.parametrize("case", THREADED, ids=str)

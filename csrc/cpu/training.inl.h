@@ -11,13 +11,14 @@
 // are cut into chunks of tiles that depend on the shape alone and added up in order, so that the bits never depend on
 // the number of threads.
 
-constexpr int64_t kColumnUnit = 32;        // columns are shared in multiples of it: whole tiles of the micro-kernels
-constexpr int64_t kPieceUnits = 4;         // of columns that a thread takes at least: it reads all pixels for them
-constexpr int64_t kPixelsPerThread = 512;  // with fewer, packing all weights for each thread shows: share columns
+constexpr int64_t kColumnUnit = 32;  // columns are shared in multiples of it: whole tiles of the micro-kernels
+constexpr int64_t kPieceUnits = 4;   // of hidden columns whose gradient a thread takes at least, reading all pixels
+constexpr int64_t kPixelsPerThread = 512;      // with fewer, packing all weights for each thread shows: share columns
 constexpr int64_t kBlockElements = 144 << 10;  // of a packed weight that is walked with once for all tiles: fits L2
 constexpr int64_t kChunkPixels = 512;          // of one partial sum of a weight gradient, at least
 constexpr int64_t kSmallWeight = 64 << 10;     // a larger weight's partial sums cost more: twice the pixels
 constexpr int64_t kMaxChunks = 32;
+constexpr int64_t kMostCopied = 16 << 20;  // bytes of a gradient that is copied whole
 // Rows of a weight gradient are shared in multiples of kRowUnit: of every micro-kernel's rows.
 constexpr int64_t kRowUnit = 24;
 constexpr int64_t kPieceRows = 7;  // units that a thread takes at least where it copies all channels of x for them
@@ -658,8 +659,8 @@ void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t p
   }
 }
 
-// 8 rows x 3 vectors in the 32 registers of AVX-512, 12 x 2 where three do not divide the columns; half as many rows in
-// 16 registers.
+// 8 rows x 3 vectors in the 32 registers of AVX-512, which loads 11 values a pixel for 24 products, and 12 x 2, 14
+// values, where three do not divide the columns; half as many rows in 16 registers.
 constexpr int kOuterRows = FASTERNET_VECTOR_BYTES == 64 ? 12 : 6;
 template <class T, int kVecs>
 struct OuterTable {
@@ -732,8 +733,8 @@ struct Share {
 
 // run(tile0, tile1, n0, n1, packed_already) on all tiles and all n columns. packed_already: the thread has just run
 // other tiles, and the weight that it packed for all n columns is still there. Where it packs block after block of
-// columns, it does so again for each piece, so there are only two of them. Columns go by half blocks at least: for each
-// piece all pixels are read.
+// columns, it does so again for each piece, so there are only two of tiles. Columns go by half blocks at least: for
+// each piece all pixels are read.
 template <class F>
 void share_out(const ParallelFor& parallel, const Share& share, int64_t tiles, int64_t n, const F& run) {
   const bool keeps = share.block >= n;
@@ -1089,10 +1090,13 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
   // dw are often a power of two apart, which the caches do not bear.)
   const bool direct = chunks.count == 1 && !args.dlayer_scale;
   // The products read grad converted and scaled, and not from rows a multiple of 512 bytes apart, which would compete
-  // for a few sets of the cache. Where threads share columns that copy is made once, and da is computed from it too.
+  // for a few sets of the cache. Where threads share columns that copy is made once, unless it is large, and da is
+  // computed from it too, unless it is scaled.
   const bool copies = need_products && (!Same<S, T>::value || sample_scale ||
                                         args.grad_pixel_stride * static_cast<int64_t>(sizeof(T)) % 512 == 0);
-  const bool copied_once = copies && !chunks.many(parallel.num_threads);
+  const bool copied_once = copies && !chunks.many(parallel.num_threads) &&
+                           extent.pixels * g_stride * static_cast<int64_t>(sizeof(T)) <= kMostCopied;
+  const bool own_rows = Same<S, T>::value ? copies && !copied_once : !copied_once || sample_scale;
   double *dshifts, *dscales, *dsamples;
   T *products, *g_all;
   Carver shared;
@@ -1122,7 +1126,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
       packed = carver.take<T>(w ? packed_elements(block, channels, sizeof(T)) : 0);
       da = carver.take<T>(tiling.max_pixels() * hidden_stride);
       a = carver.take<T>(need_products || need_sample ? tiling.max_pixels() * hidden_stride : 0);
-      g_rows = carver.take<T>(copied_once && !sample_scale ? 0 : tiling.max_pixels() * g_stride);
+      g_rows = carver.take<T>(own_rows ? tiling.max_pixels() * g_stride : 0);
       factor = carver.take<T>(sample_scale ? tiling.max_pixels() : 0);
       own = carver.take<T>(need_products && direct ? channels * hidden_stride : 0);
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
@@ -1151,7 +1155,8 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
         Ahead ahead;
         if (i + 1 < chunks.begin(chunk + 1)) {
           const int64_t after = tiling.tile(i + 1).pixels();
-          ahead.add(grad, args.grad_pixel_stride, pixel + pixels, after);
+          ahead.add(copied_once ? g_all : nullptr, g_stride, pixel + pixels, after);
+          ahead.add(copied_once && !sample_scale ? nullptr : grad, args.grad_pixel_stride, pixel + pixels, after);
           ahead.add(z, args.z_pixel_stride, pixel + pixels, after);
           ahead.add(dz, c_hidden, pixel + pixels, after);
         }
@@ -1377,8 +1382,8 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
 
 // ---- pw_stats_backward ----------------------------------------------------------------------------------------------
 
-// Four passes: u again and with it dw_pw; du, whose untouched channels are dx; and through the 3x3 convolution dx's
-// first channels and dw_partial.
+// In turn: u again; dw_pw; du, whose untouched channels are dx; and through the 3x3 convolution dx's first channels and
+// dw_partial.
 template <class S, class T>
 void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parallel) {
   const int64_t channels = args.channels, c_partial = args.c_partial, c_out = args.c_out;
@@ -1400,7 +1405,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   const bool fused = dw_pw && need_du && share.tile_by_tile(n_du) &&
                      (chunks.count % parallel.num_threads == 0 || chunks.many(parallel.num_threads));
   // Where threads share du's columns, each reads the gradient of z whole: dw_pw's pass leaves it in rows for them.
-  const bool keeps_dz = dw_pw && need_du && !fused && share.by_columns;
+  const bool keeps_dz = dw_pw && need_du && share.by_columns;
   const bool direct = chunks.count == 1 && !fused;  // as in act_pw_residual_backward
   const int64_t all_stride = row_pitch<T>(channels), kept_stride = row_pitch<T>(c_out);
   T *u, *du, *kept_dz, *pw_products;
@@ -1507,7 +1512,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           const Tiling::Tile t = tiling.tile(i);
           const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
           total.tile(pixel, pixels, b0, b1 - b0, dz, dz_stride);
-          if (keeps_dz) {
+          if (keeps_dz) {  // copied: total.tile writes whole vectors, beyond b1 into another thread's columns
             copy_rows<T, T>(dz, dz_stride, pixels, b1 - b0, static_cast<const T*>(nullptr),
                             kept_dz + pixel * kept_stride + b0, kept_stride);
           }

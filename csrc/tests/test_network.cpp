@@ -2,11 +2,14 @@
 // Its scratch is kept from call to call, and given back when calls no longer need as much.
 #include <atomic>
 #include <stdexcept>
+#include <thread>
 
 #include "testing.h"
 
-// Scratch is the only memory that asks for an alignment: these count it, and all other memory apart.
+// Scratch is the only memory that asks for an alignment: these count it, and all other memory apart. The bytes that are
+// alive are counted with their alignment, so that they come to zero only if delete is told the one that new was.
 std::atomic<int> allocations{0}, alive{0}, other_allocations{0};
+std::atomic<size_t> alignments{0}, in_small_pages{0};
 
 // Not inlined, or GCC takes free() of what new gave for a mistake.
 __attribute__((noinline)) void* operator new(std::size_t bytes) {
@@ -22,11 +25,12 @@ void* operator new(std::size_t bytes, std::align_val_t alignment) {
   const std::size_t line = static_cast<std::size_t>(alignment);
   void* const p = std::aligned_alloc(line, (bytes + line - 1) / line * line);
   if (p == nullptr) throw std::bad_alloc();
-  ++allocations, ++alive;
+  ++allocations, ++alive, alignments += line;
+  if (bytes >= size_t{1} << 20 && line < size_t{2} << 20) ++in_small_pages;
   return p;
 }
-void operator delete(void* p, std::align_val_t) noexcept {
-  if (p != nullptr) --alive;
+void operator delete(void* p, std::align_val_t alignment) noexcept {
+  if (p != nullptr) --alive, alignments -= static_cast<std::size_t>(alignment);
   std::free(p);
 }
 void operator delete(void* p, std::size_t, std::align_val_t alignment) noexcept { ::operator delete(p, alignment); }
@@ -242,6 +246,14 @@ void test_scratch() {
   check(huge[0].grown == -2 && huge[1].allocated == 2 && huge[1].grown == 0, "network", "a huge buffer is kept");
 }
 
+// Large buffers are made of huge pages, and go with the alignment that they came with.
+void test_pages() {
+  const size_t before = alignments;
+  std::thread([] { run_with_scratch(int64_t{4} << 20, 1); }).join();
+  check(alignments == before, "network", "a buffer was deleted with another alignment than it was made with");
+  check(in_small_pages == 0, "network", "a large buffer does not begin with a huge page");
+}
+
 // A whole network, blocks and head included: no call after the first asks for memory.
 template <class T>
 void test_no_allocation() {
@@ -302,5 +314,6 @@ int main() {
     test_type<BFloat16>();
     test_too_large();
     test_scratch();
+    test_pages();
   });
 }
