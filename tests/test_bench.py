@@ -772,7 +772,7 @@ def test_tables():
     assert mobilenet == "| mobilenetv2_100 | - | **3.00** | - | - |"
 
 
-def test_a_gradient_that_is_off_shows():
+def test_a_gradient_that_is_off_shows(tmp_path):
     """A step in which one weight's gradient is 1 % off does not pass for the same training."""
     found = training._model
 
@@ -782,11 +782,12 @@ def test_a_gradient_that_is_off_shows():
         weight.register_hook(lambda grad: grad * 1.01)
         return made
 
-    threads = torch.get_num_threads()
-    right = training.Trainer("ours").prepare("t0", 4, 64, threads)
+    task = tmp_path / "exact.npy", "t0", 4, 64, torch.get_num_threads()
+    training.Trainer("float64").answer(*task)
+    right = training.Trainer("ours").prepare(*task)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_model", model)
-        wrong = training.Trainer("ours").prepare("t0", 4, 64, threads)
+        wrong = training.Trainer("ours").prepare(*task)
     assert right[0] <= training.GATE["gelu"] < wrong[0]
 
 
