@@ -55,16 +55,16 @@ class Settings:
         rounds: at least and at most.
     """
 
-    burst_seconds: float = 0.08
-    pause_seconds: float = 0.04
-    session_seconds: float = 30.0
-    rounds: tuple[int, int] = (5, 30)
+    burst_seconds: float = 0.04
+    pause_seconds: float = 0.02
+    session_seconds: float = 36.0
+    rounds: tuple[int, int] = (5, 60)
 
 
 # Many providers side by side, each round of them long: fewer calls of each make room for rounds.
-LAYERS = Settings(burst_seconds=0.06, session_seconds=35.0, rounds=(5, 15))
-BESIDE = Settings(session_seconds=20.0, rounds=(5, 15))
-SHORT = Settings(burst_seconds=0.06, session_seconds=6.0, rounds=(5, 20))
+LAYERS = Settings(session_seconds=35.0, rounds=(5, 20))
+BESIDE = Settings(session_seconds=20.0, rounds=(5, 30))
+SHORT = Settings(session_seconds=6.0, rounds=(5, 30))
 SETTINGS = {"network": Settings(), "chain": SHORT, "operator": SHORT, "layers": LAYERS}
 QUICK = Settings(burst_seconds=0.1, pause_seconds=0.05, session_seconds=2.0, rounds=(2, 3))
 
