@@ -66,7 +66,7 @@ LAYERS = Settings(session_seconds=35.0, rounds=(5, 20))
 BESIDE = Settings(session_seconds=20.0, rounds=(5, 30))
 SHORT = Settings(session_seconds=6.0, rounds=(5, 30))
 SETTINGS = {"network": Settings(), "chain": SHORT, "operator": SHORT, "layers": LAYERS}
-QUICK = Settings(burst_seconds=0.1, pause_seconds=0.05, session_seconds=2.0, rounds=(2, 3))
+QUICK = Settings(session_seconds=2.0, rounds=(2, 3))
 
 
 @dataclasses.dataclass(frozen=True)
