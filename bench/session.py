@@ -29,7 +29,7 @@ from bench.results import Row
 from bench.workloads import Workload
 from fasternet_kernels import timing
 
-__all__ = ["Pool", "Spec", "WorkerError", "measure", "other_load", "parity"]
+__all__ = ["Pool", "Process", "Spec", "WorkerError", "measure", "other_load", "parity"]
 
 CACHE = results.ROOT / "build" / "bench"
 # Largest relative L2 error of an answer that still counts as the same network. float32 runtimes are

@@ -182,6 +182,7 @@ def measure(
 
     Raises:
         ValueError: an unknown provider, or no work.
+        session.WorkerError: there is no float64 to compare with.
     """
     for provider in providers:
         if provider not in LABELS:
@@ -215,7 +216,17 @@ def _session(
 ) -> tuple[list[Row], dict[str, int]]:
     functions, saved, found = {}, {}, {}
     settings = {"rounds": 2, "pause_seconds": 0} if quick else {"rounds": 12, "pause_seconds": 0.1}
-    burst = (0.1 if quick else 0.6, 1, 2)  # seconds, dropped calls, calls at least
+    length = (0.1 if quick else 0.6, 1, 2)  # seconds, dropped calls, calls at least
+
+    def burst(process: session.Process, outcome: dict) -> tuple[float, ...]:
+        if outcome["status"] != "ok":
+            return ()
+        try:
+            return process.request("burst", *length)
+        except session.WorkerError as reason:
+            outcome["status"] = str(reason)
+            return ()
+
     for provider in providers:
         process = pool.get(f"training:{provider}", common["threads"])
         try:
@@ -230,12 +241,13 @@ def _session(
             "error_max_abs": largest,
         }
         if ok:
-            functions[provider] = functools.partial(process.request, "burst", *burst)
+            functions[provider] = functools.partial(burst, process, found[provider])
             if kept is not None:
                 saved[provider] = kept
     taken = {}
     if functions:
         taken = timing.interleave(functions, progress=progress, **settings)
+        taken = {p: t for p, t in taken.items() if found[p]["status"] == "ok"}
     medians = {p: _round_medians(t) for p, t in taken.items()}
     rows = []
     for provider in providers:

@@ -733,8 +733,8 @@ struct Share {
 
 // run(tile0, tile1, n0, n1, packed_already) on all tiles and all n columns. packed_already: the thread has just run
 // other tiles, and the weight that it packed for all n columns is still there. Where it packs block after block of
-// columns, it does so again for each piece, so there are only two of tiles. Columns go by half blocks at least: for
-// each piece all pixels are read.
+// columns, it does so again for each piece of tiles, so these are half its share. Where columns are shared, each piece
+// reads all pixels, so it is half a block at least.
 template <class F>
 void share_out(const ParallelFor& parallel, const Share& share, int64_t tiles, int64_t n, const F& run) {
   const bool keeps = share.block >= n;

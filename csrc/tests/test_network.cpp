@@ -6,8 +6,8 @@
 
 #include "testing.h"
 
-// Scratch is the only memory that asks for an alignment: these count it, and all other memory apart. The bytes that are
-// alive are counted with their alignment, so that they come to zero only if delete is told the one that new was.
+// Scratch is the only memory that asks for an alignment: these count it, and all other memory apart. `alignments` is
+// the sum of those of the buffers alive: it falls back only if delete is told the alignment that new was.
 std::atomic<int> allocations{0}, alive{0}, other_allocations{0};
 std::atomic<size_t> alignments{0}, in_small_pages{0};
 
