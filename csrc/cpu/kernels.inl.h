@@ -13,7 +13,8 @@
 // u, h and the partial sums of y are scratch of one thread and stay in its L2 cache; x is read from memory once, but
 // for the first c_partial channels of the two rows around a tile, and y is written once: 2 C + 2 C_p / rows elements of
 // traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112
-// pixels give each row group a dozen visits per panel while h (112 x 256 floats) stays at 112 KB.
+// pixels give each row group a dozen visits per panel while h (112 x 256 floats) stays at 112 KB. Where threads would
+// have few pixels each, they share the columns of the products instead, for all pixels.
 //
 // All arithmetic goes through one micro-kernel, `micro`: kRows x kVecs accumulators over a list of K segments. An
 // element's sum runs over K in one order whatever the tile, so tiling and threads never change the bits: in order
@@ -41,6 +42,10 @@ constexpr int64_t kWholeRows = 160;    // wider images are cut into row segments
 constexpr int64_t kDepth = 256;        // K per pass: a panel of 256 cache lines is 16 KB and stays in L1
 constexpr int64_t kHiddenChunk = 256;  // hidden channels per pass
 constexpr int64_t kHeadDepth = 64;  // K per pass of the head: few rows, so passes are cheap and the logits more exact
+// Threads share columns where each would have fewer pixels than this: with 24 a thread, that is faster at the width of
+// every network's last stage, with 49 it is not.
+constexpr int64_t kFewPixels = 36;
+constexpr int64_t kPiecePanels = 4;  // panels of columns that a thread takes at least
 constexpr int kMaxSegments = 4;
 constexpr int kUnroll = 4;  // steps of K per turn of the inner loop
 constexpr int kPrefetchLines = 2;
@@ -1032,14 +1037,20 @@ struct MixedRows {
   T* rest = nullptr;  // x[:, c_partial:] copied, where it has to be converted or its rows share the same sets of L1
 
   int64_t rest_stride() const { return spread<T>(channels - c_partial); }
-  void carve(Carver* carver, int64_t pixel_stride, const Tiling& tiling) {
-    rest = carver->take<T>(must_copy<S, T>(pixel_stride) ? tiling.max_pixels() * rest_stride() : 0);
+  void carve(Carver* carver, int64_t pixel_stride, int64_t pixels) {
+    rest = carver->take<T>(must_copy<S, T>(pixel_stride) ? pixels * rest_stride() : 0);
   }
+  // Pixels [pixel, pixel + pixels) of x, where they are copied.
+  void load(const S* x, int64_t pixel_stride, int64_t pixel, int64_t pixels) const {
+    if (!must_copy<S, T>(pixel_stride)) return;
+    load_rows<S, T>(x + pixel * pixel_stride + c_partial, pixel_stride, pixels, channels - c_partial,
+                    rest + pixel * rest_stride(), rest_stride());
+  }
+  // After load.
   void fill(Gemm<T>* g, RowGroup<T>* groups, const T* u, const S* x, int64_t pixel_stride, int64_t pixels) const {
     const T* a[2] = {u, nullptr};
     int64_t stride[2] = {u_stride, pixel_stride};
     if (must_copy<S, T>(pixel_stride)) {
-      load_rows<S, T>(x + c_partial, pixel_stride, pixels, channels - c_partial, rest, rest_stride());
       a[1] = rest;
       stride[1] = rest_stride();
     } else if constexpr (Same<S, T>::value) {
@@ -1062,6 +1073,102 @@ int64_t chunk_width(int64_t n_padded, int64_t most) {
   return round_up(ceil_div(n_padded, chunks), panel_width<T>());
 }
 
+// Of a small image, tiles would give every thread few pixels, all weights to read for them, and image rows that do not
+// divide evenly. Threads share the columns of each product instead.
+inline bool few_pixels(int64_t pixels, const ParallelFor& parallel) {
+  return parallel.num_threads > 1 && pixels < kFewPixels * parallel.num_threads;
+}
+
+// f(part) on gemms that together make all columns of the product with whole.b.
+template <class T, class F>
+void share_columns(const ParallelFor& parallel, const Gemm<T>& whole, const F& f) {
+  const int64_t width = panel_width<T>(), n_padded = whole.b->n_padded;
+  parallel_pieces(parallel, ceil_div(n_padded, width), kPiecePanels, [&](int64_t begin, int64_t end, bool) {
+    Gemm<T> part = whole;
+    part.n_begin = begin * width;
+    part.n_end = clip(end * width, n_padded);
+    if (whole.c) part.c += part.n_begin;
+    if (whole.residual) part.residual += part.n_begin;
+    f(part);
+  });
+}
+
+// The A operand [u | x[:, c_partial:]] of all pixels, in memory that threads share.
+template <class S, class T>
+struct AllRows {
+  const Image<S>* x;
+  int64_t height, width, total_rows, pixels;
+  MixedRows<S, T> mixed;
+  T* u = nullptr;
+  RowGroup<T>* groups = nullptr;
+
+  AllRows(const Image<S>* x_, int64_t batch, int64_t height_, int64_t width_, int64_t channels,
+          const PConvTile<S, T>& pconv)
+      : x(x_),
+        height(height_),
+        width(width_),
+        total_rows(batch * height_),
+        pixels(total_rows * width_),
+        mixed{pconv.c_partial, channels, pconv.u_stride} {}
+  int64_t max_groups() const { return ceil_div(pixels, kMaxRows); }
+  void carve(Carver* carver) {
+    u = carver->take<T>(pixels * mixed.u_stride);
+    mixed.carve(carver, x->pixel_stride, pixels);
+    groups = carver->take<RowGroup<T>>(max_groups());
+  }
+  void compute(const PConvTile<S, T>& pconv_of_tiles, const ParallelFor& parallel) const {
+    const Tiling tiling(total_rows, width, parallel.num_threads, pconv_of_tiles.tile_pixels());
+    parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
+      PConvTile<S, T> pconv = pconv_of_tiles;
+      Carver carver;
+      for (int round = 0; round < 2; ++round) {
+        if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+        pconv.carve(&carver, *x, tiling);
+      }
+      for (int64_t i = begin; i < end; ++i) {
+        const Tiling::Tile t = tiling.tile(i);
+        const int64_t pixel = t.pixel(width);
+        mixed.load(x->data, x->pixel_stride, pixel, t.pixels());
+        pconv.u = u + pixel * mixed.u_stride;
+        pconv.run(*x, height, width, t, total_rows, nullptr);
+      }
+    });
+  }
+  void fill(Gemm<T>* g) const { mixed.fill(g, groups, u, x->data, x->pixel_stride, pixels); }
+};
+
+template <class S, class T>
+void pconv_pw_by_columns(const PConvPw& args, const Image<S>& x, const PConvTile<S, T>& pconv, const Packed<T>& w_pw,
+                         const ParallelFor& parallel) {
+  AllRows<S, T> rows(&x, args.batch, args.height, args.width, args.channels, pconv);
+  Carver shared;
+  for (int round = 0; round < 2; ++round) {
+    if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
+    rows.carve(&shared);
+  }
+  rows.compute(pconv, parallel);
+  Gemm<T> g = {};
+  rows.fill(&g);
+  g.b = &w_pw;
+  g.shift = true;
+  g.act = args.act;
+  S* const y = static_cast<S*>(args.y);
+  if constexpr (Same<S, T>::value) {
+    if (w_pw.n == w_pw.n_padded) {
+      g.c = y;
+      g.c_stride = args.y_pixel_stride;
+    }
+  }
+  share_columns(parallel, g, [&](Gemm<T> part) {
+    if (part.c) return gemm(part);
+    const int64_t n = part.n_begin, stride = part.n_end - n;
+    part.c = static_cast<T*>(scratch(kSlotTile, rows.pixels * stride * static_cast<int64_t>(sizeof(T))));
+    part.c_stride = stride;
+    gemm(part);
+    store_rows<S, T>(part.c, stride, rows.pixels, clip(part.n_end, w_pw.n) - n, y + n, args.y_pixel_stride);
+  });
+}
+
 template <class S, class T>
 void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
   const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
@@ -1069,6 +1176,9 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
   const Packed<T> w_pw(pconv_of_tiles.w.next(), args.c_out, args.channels);
   if (args.fast) pconv_of_tiles.allow_fast(w_pw.next(), x, args.height, args.width);
   const int64_t total_rows = args.batch * args.height;
+  if (few_pixels(total_rows * args.width, parallel)) {
+    return pconv_pw_by_columns<S, T>(args, x, pconv_of_tiles, w_pw, parallel);
+  }
   const Tiling tiling(total_rows, args.width, parallel.num_threads, pconv_of_tiles.tile_pixels());
   const bool direct = Same<S, T>::value && w_pw.n == w_pw.n_padded;  // the micro-kernel's stores are y itself
   const int64_t chunk = chunk_width<T>(w_pw.n_padded, kHiddenChunk);
@@ -1082,7 +1192,7 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
       pconv.carve(&carver, x, tiling);
       out = carver.take<T>(direct ? 0 : tiling.max_pixels() * chunk);
-      mixed.carve(&carver, args.x_pixel_stride, tiling);
+      mixed.carve(&carver, args.x_pixel_stride, tiling.max_pixels());
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
     for (int64_t i = begin; i < end; ++i) {
@@ -1090,7 +1200,9 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
       const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
       pconv.run(x, args.height, args.width, t, total_rows, &w_pw);
       Gemm<T> g = {};
-      mixed.fill(&g, groups, pconv.u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
+      const S* const x_tile = x.data + pixel * args.x_pixel_stride;
+      mixed.load(x_tile, args.x_pixel_stride, 0, pixels);
+      mixed.fill(&g, groups, pconv.u, x_tile, args.x_pixel_stride, pixels);
       g.b = &w_pw;
       g.shift = true;
       g.act = args.act;
@@ -1115,22 +1227,87 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
   });
 }
 
+// y = residual + sample_scale * sums, in columns [n, n + columns) of `pixels` pixels from `pixel` on.
+template <class R, class T>
+void add_residual(const Block& args, int64_t pixel, int64_t pixels, int64_t n, int64_t columns, const T* sums,
+                  int64_t stride) {
+  const T* const sample_scale = static_cast<const T*>(args.sample_scale);
+  for (int64_t p = pixel; p < pixel + pixels; ++p, sums += stride) {
+    const R* const from = static_cast<const R*>(args.residual) + p * args.residual_pixel_stride + n;
+    R* const to = static_cast<R*>(args.y) + p * args.y_pixel_stride + n;
+    const T factor = sample_scale ? sample_scale[p / (args.height * args.width)] : T(1);
+    for (int64_t c = 0; c < columns; ++c) to_storage(to_compute(from[c]) + factor * sums[c], to + c);
+  }
+}
+
+template <class S, class R, class T>
+void block_by_columns(const Block& args, const Image<S>& x, const PConvTile<S, T>& pconv, const Packed<T>& w_pw1,
+                      const Packed<T>& w_pw2, const ParallelFor& parallel) {
+  AllRows<S, T> rows(&x, args.batch, args.height, args.width, args.channels, pconv);
+  const int64_t hidden_stride = spread<T>(w_pw1.n_padded);
+  const bool direct = Same<R, T>::value && w_pw2.n == w_pw2.n_padded && !args.sample_scale;
+  T* hidden;
+  RowGroup<T>* hidden_groups;
+  Carver shared;
+  for (int round = 0; round < 2; ++round) {
+    if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
+    rows.carve(&shared);
+    hidden = shared.take<T>(rows.pixels * hidden_stride);
+    hidden_groups = shared.take<RowGroup<T>>(rows.max_groups());
+  }
+  rows.compute(pconv, parallel);
+  Gemm<T> expand = {};
+  rows.fill(&expand);
+  expand.b = &w_pw1;
+  expand.c = hidden;
+  expand.c_stride = hidden_stride;
+  expand.shift = true;
+  expand.act = args.act;
+  share_columns(parallel, expand, [](const Gemm<T>& part) { gemm(part); });
+  Gemm<T> project = {};
+  const T* const a[1] = {hidden};
+  project.groups = hidden_groups;
+  project.n_groups = add_groups<T>(hidden_groups, 0, rows.pixels, 1, a, &hidden_stride);
+  project.n_segments = 1;
+  project.segment_k[0] = args.c_hidden;  // not the padding: 0 * inf would be NaN
+  project.segment_stride[0] = hidden_stride;
+  project.b = &w_pw2;
+  if constexpr (Same<R, T>::value) {
+    if (direct) {
+      project.c = static_cast<R*>(args.y);
+      project.c_stride = args.y_pixel_stride;
+      project.residual = static_cast<const R*>(args.residual);
+      project.residual_stride = args.residual_pixel_stride;
+    }
+  }
+  share_columns(parallel, project, [&](Gemm<T> part) {
+    if (direct) return gemm(part);
+    const int64_t n = part.n_begin, stride = part.n_end - n;
+    part.c = static_cast<T*>(scratch(kSlotTile, rows.pixels * stride * static_cast<int64_t>(sizeof(T))));
+    part.c_stride = stride;
+    gemm(part);
+    add_residual<R, T>(args, 0, rows.pixels, n, clip(part.n_end, w_pw2.n) - n, part.c, stride);
+  });
+}
+
 // S: storage of x, R: of residual and y, T: compute type.
 template <class S, class R, class T>
 void block_as(const Block& args, const ParallelFor& parallel) {
   const Image<S> x = channels_last<S>(args.x, args.height, args.width, args.x_pixel_stride);
   const R* const residual = static_cast<const R*>(args.residual);
   R* const y = static_cast<R*>(args.y);
-  const T* const sample_scale = static_cast<const T*>(args.sample_scale);
   PConvTile<S, T> pconv_of_tiles(args.packed, args.c_partial);
   const Packed<T> w_pw1(pconv_of_tiles.w.next(), args.c_hidden, args.channels);
   const Packed<T> w_pw2(w_pw1.next(), args.channels, args.c_hidden);
   if (args.fast) pconv_of_tiles.allow_fast(w_pw2.next(), x, args.height, args.width);
-  const int64_t total_rows = args.batch * args.height, area = args.height * args.width;
+  const int64_t total_rows = args.batch * args.height;
+  if (few_pixels(total_rows * args.width, parallel)) {
+    return block_by_columns<S, R, T>(args, x, pconv_of_tiles, w_pw1, w_pw2, parallel);
+  }
   const Tiling tiling(total_rows, args.width, parallel.num_threads, pconv_of_tiles.tile_pixels());
   const int64_t chunk = chunk_width<T>(w_pw1.n_padded, kHiddenChunk);
   const int64_t hidden_stride = spread<T>(chunk), sums_stride = spread<T>(w_pw2.n_padded);
-  const bool direct = Same<R, T>::value && w_pw2.n == w_pw2.n_padded && !sample_scale;
+  const bool direct = Same<R, T>::value && w_pw2.n == w_pw2.n_padded && !args.sample_scale;
   const bool needs_sums = !direct || chunk < w_pw1.n_padded;
   parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
     T *hidden, *sums;
@@ -1143,7 +1320,7 @@ void block_as(const Block& args, const ParallelFor& parallel) {
       pconv.carve(&carver, x, tiling);
       hidden = carver.take<T>(tiling.max_pixels() * hidden_stride);
       sums = carver.take<T>(needs_sums ? tiling.max_pixels() * sums_stride : 0);
-      mixed.carve(&carver, args.x_pixel_stride, tiling);
+      mixed.carve(&carver, args.x_pixel_stride, tiling.max_pixels());
       groups = carver.take<RowGroup<T>>(tiling.max_groups());
       hidden_groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
@@ -1158,7 +1335,9 @@ void block_as(const Block& args, const ParallelFor& parallel) {
       }
       pconv.run(x, args.height, args.width, t, total_rows, &w_pw1);
       Gemm<T> expand = {};
-      mixed.fill(&expand, groups, pconv.u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
+      const S* const x_tile = x.data + pixel * args.x_pixel_stride;
+      mixed.load(x_tile, args.x_pixel_stride, 0, pixels);
+      mixed.fill(&expand, groups, pconv.u, x_tile, args.x_pixel_stride, pixels);
       expand.b = &w_pw1;
       expand.c = hidden;
       expand.c_stride = hidden_stride;
@@ -1200,14 +1379,7 @@ void block_as(const Block& args, const ParallelFor& parallel) {
         }
         gemm(project);
       }
-      if (direct) continue;
-      for (int64_t p = 0; p < pixels; ++p) {
-        const T* sum = sums + p * sums_stride;
-        const R* from = residual + (pixel + p) * args.residual_pixel_stride;
-        R* to = y + (pixel + p) * args.y_pixel_stride;
-        const T factor = sample_scale ? sample_scale[(pixel + p) / area] : T(1);
-        for (int64_t c = 0; c < args.channels; ++c) to_storage(to_compute(from[c]) + factor * sum[c], to + c);
-      }
+      if (!direct) add_residual<R, T>(args, pixel, pixels, 0, args.channels, sums, sums_stride);
     }
   });
 }
@@ -1252,9 +1424,10 @@ void load_patches(const Image<S>& x, const Tiling::Tile& t, int64_t out_height, 
   }
 }
 
-// finish(i) follows when tile i of y is written, with the tile still in the caches.
+// Tiles [begin, end) and columns [n0, n1) of y. finish(i) follows when tile i is written, still in the caches.
 template <class S, class T, class F>
-void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, const ParallelFor& parallel, const F& finish) {
+void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, int64_t begin, int64_t end, int64_t n0, int64_t n1,
+                      const F& finish) {
   const Image<S> x = image<S>(args.x, args.x_stride);
   const int64_t out_height = args.height / args.kh, out_width = args.width / args.kw;
   const int64_t run = args.kw * args.channels, depth = args.kh * run;
@@ -1264,78 +1437,88 @@ void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, const Paralle
   const bool in_runs = Same<S, T>::value && (x.channel_stride == 1 || args.channels == 1) &&
                        x.pixel_stride == args.channels && args.kh <= kMaxSegments;
   const int64_t chunk = chunk_width<T>(w.n_padded, kHiddenChunk);
-  parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
-    T *patches, *out;
-    RowGroup<T>* groups;
-    Carver carver;
-    for (int round = 0; round < 2; ++round) {
-      if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-      patches = carver.take<T>(in_runs ? 0 : tiling.max_pixels() * depth);
-      out = carver.take<T>(direct ? 0 : tiling.max_pixels() * chunk);
-      groups = carver.take<RowGroup<T>>(tiling.max_groups());
-    }
-    for (int64_t i = begin; i < end; ++i) {
-      const Tiling::Tile t = tiling.tile(i);
-      const int64_t pixels = t.pixels(), columns = t.columns();
-      Gemm<T> g = {};
-      g.groups = groups;
-      Ahead ahead;
-      if (i + 1 < end) {
-        const Tiling::Tile next = tiling.tile(i + 1);
-        if (in_runs && next.columns() == out_width) {
-          ahead.add(x.at(next.row0 / out_height, next.row0 % out_height * args.kh, 0), args.channels, 0,
-                    (next.row1 - next.row0) * args.kh * args.width);
-        }
-        ahead.add(static_cast<const S*>(args.y), args.y_pixel_stride, next.pixel(out_width), next.pixels());
+  T *patches, *out;
+  RowGroup<T>* groups;
+  Carver carver;
+  for (int round = 0; round < 2; ++round) {
+    if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
+    patches = carver.take<T>(in_runs ? 0 : tiling.max_pixels() * depth);
+    out = carver.take<T>(direct ? 0 : tiling.max_pixels() * chunk);
+    groups = carver.take<RowGroup<T>>(tiling.max_groups());
+  }
+  for (int64_t i = begin; i < end; ++i) {
+    const Tiling::Tile t = tiling.tile(i);
+    const int64_t pixels = t.pixels(), columns = t.columns();
+    Gemm<T> g = {};
+    g.groups = groups;
+    Ahead ahead;
+    if (i + 1 < end) {
+      const Tiling::Tile next = tiling.tile(i + 1);
+      if (in_runs && next.columns() == out_width) {
+        ahead.add(x.at(next.row0 / out_height, next.row0 % out_height * args.kh, 0), args.channels, 0,
+                  (next.row1 - next.row0) * args.kh * args.width);
       }
-      g.ahead = &ahead;
+      ahead.add(static_cast<const S*>(args.y), args.y_pixel_stride, next.pixel(out_width), next.pixels());
+    }
+    g.ahead = &ahead;
+    if constexpr (Same<S, T>::value) {
+      if (in_runs) {
+        g.n_segments = static_cast<int>(args.kh);
+        for (int s = 0; s < g.n_segments; ++s) g.segment_k[s] = g.segment_stride[s] = run;
+        for (int64_t row = t.row0; row < t.row1; ++row) {
+          const T* a[kMaxSegments] = {};
+          for (int s = 0; s < g.n_segments; ++s) {
+            a[s] = x.at(row / out_height, row % out_height * args.kh + s, t.column0 * args.kw);
+          }
+          g.n_groups +=
+              add_groups<T>(groups + g.n_groups, (row - t.row0) * columns, columns, g.n_segments, a, g.segment_stride);
+        }
+      }
+    }
+    if (!in_runs) {
+      load_patches(x, t, out_height, args.kh, args.kw, args.channels, depth, patches);
+      g.n_segments = 1;
+      g.segment_k[0] = g.segment_stride[0] = depth;
+      const T* const a[1] = {patches};
+      g.n_groups = add_groups<T>(groups, 0, pixels, 1, a, g.segment_stride);
+    }
+    g.b = &w;
+    g.shift = true;
+    S* const y = static_cast<S*>(args.y) + t.pixel(out_width) * args.y_pixel_stride;
+    for (int64_t n = n0; n < n1; n += chunk) {
+      g.n_begin = n;
+      g.n_end = clip(n + chunk, n1);
+      g.c = out;
+      g.c_stride = chunk;
       if constexpr (Same<S, T>::value) {
-        if (in_runs) {
-          g.n_segments = static_cast<int>(args.kh);
-          for (int s = 0; s < g.n_segments; ++s) g.segment_k[s] = g.segment_stride[s] = run;
-          for (int64_t row = t.row0; row < t.row1; ++row) {
-            const T* a[kMaxSegments] = {};
-            for (int s = 0; s < g.n_segments; ++s) {
-              a[s] = x.at(row / out_height, row % out_height * args.kh + s, t.column0 * args.kw);
-            }
-            g.n_groups += add_groups<T>(groups + g.n_groups, (row - t.row0) * columns, columns, g.n_segments, a,
-                                        g.segment_stride);
-          }
+        if (direct) {
+          g.c = y + n;
+          g.c_stride = args.y_pixel_stride;
         }
       }
-      if (!in_runs) {
-        load_patches(x, t, out_height, args.kh, args.kw, args.channels, depth, patches);
-        g.n_segments = 1;
-        g.segment_k[0] = g.segment_stride[0] = depth;
-        const T* const a[1] = {patches};
-        g.n_groups = add_groups<T>(groups, 0, pixels, 1, a, g.segment_stride);
-      }
-      g.b = &w;
-      g.shift = true;
-      S* const y = static_cast<S*>(args.y) + t.pixel(out_width) * args.y_pixel_stride;
-      for (int64_t n = 0; n < w.n_padded; n += chunk) {
-        g.n_begin = n;
-        g.n_end = clip(n + chunk, w.n_padded);
-        g.c = out;
-        g.c_stride = chunk;
-        if constexpr (Same<S, T>::value) {
-          if (direct) {
-            g.c = y + n;
-            g.c_stride = args.y_pixel_stride;
-          }
-        }
-        gemm(g);
-        if (!direct) store_rows<S, T>(out, chunk, pixels, clip(n + chunk, w.n) - n, y + n, args.y_pixel_stride);
-      }
-      finish(i);
+      gemm(g);
+      if (!direct) store_rows<S, T>(out, chunk, pixels, clip(g.n_end, w.n) - n, y + n, args.y_pixel_stride);
     }
-  });
+    finish(i);
+  }
 }
 
 template <class S, class T>
 void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
-  const Tiling tiling(args.batch * (args.height / args.kh), args.width / args.kw, parallel.num_threads);
-  patch_conv_tiles<S, T>(args, tiling, parallel, [](int64_t) {});
+  const auto finish = [](int64_t) {};
+  const int64_t rows = args.batch * (args.height / args.kh), columns = args.width / args.kw;
+  const int64_t n_padded = padded_n(args.c_out, sizeof(T)), width = panel_width<T>();
+  if (few_pixels(rows * columns, parallel)) {
+    const Tiling tiling(rows, columns, 1);
+    parallel_pieces(parallel, ceil_div(n_padded, width), kPiecePanels, [&](int64_t begin, int64_t end, bool) {
+      patch_conv_tiles<S, T>(args, tiling, 0, tiling.tiles, begin * width, clip(end * width, n_padded), finish);
+    });
+    return;
+  }
+  const Tiling tiling(rows, columns, parallel.num_threads);
+  parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
+    patch_conv_tiles<S, T>(args, tiling, begin, end, 0, n_padded, finish);
+  });
 }
 
 // ---- Head -----------------------------------------------------------------------------------------------------------

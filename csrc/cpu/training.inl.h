@@ -893,7 +893,7 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
                 }
                 packed = carver.take<T>(packed_elements(share.block, channels, sizeof(T)));
                 out = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
-                mixed.carve(&carver, args.x_pixel_stride, tiling);
+                mixed.carve(&carver, args.x_pixel_stride, tiling.max_pixels());
                 groups = carver.take<RowGroup<T>>(tiling.max_groups());
               }
               if (fused && !packed_already) pack_conv3x3(w_partial, false, 0, c_partial, packed_partial);
@@ -915,7 +915,9 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
                   if (fused) pconv.run(x, extent.height, extent.width, t, extent.rows, &part, &ahead);
                   const T* const u = fused ? pconv.u : u_all + pixel * u_stride;
                   Gemm<T> g = {};
-                  mixed.fill(&g, groups, u, x.data + pixel * args.x_pixel_stride, args.x_pixel_stride, pixels);
+                  const S* const x_tile = x.data + pixel * args.x_pixel_stride;
+                  mixed.load(x_tile, args.x_pixel_stride, 0, pixels);
+                  mixed.fill(&g, groups, u, x_tile, args.x_pixel_stride, pixels);
                   g.b = &part;
                   g.n_end = part.n_padded;
                   g.c = out;
@@ -1680,10 +1682,13 @@ void patch_stats_as(const PatchStats& args, const ParallelFor& parallel) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
     statistics.take(&shared, tiling.tiles, conv.c_out);
   }
-  patch_conv_tiles<S, T>(conv, tiling, parallel, [&](int64_t i) {
+  const auto finish = [&](int64_t i) {
     const Tiling::Tile t = tiling.tile(i);
     const S* const y = static_cast<const S*>(conv.y) + t.pixel(extent.width) * conv.y_pixel_stride;
     statistics.add<T>(i, y, conv.y_pixel_stride, t.pixels(), 0, conv.c_out);
+  };
+  parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
+    patch_conv_tiles<S, T>(conv, tiling, begin, end, 0, padded_n(conv.c_out, sizeof(T)), finish);
   });
   statistics.combine_tiles<T>(tiling, args.mean, args.m2, parallel);
 }
