@@ -4,6 +4,7 @@
     python -m bench networks        FasterNet beside the networks of other papers: 15 minutes
     python -m bench operators       the paper's table of operators, ten layers each: 10 minutes
     python -m bench blocks          chains of blocks, each stage of each network
+    python -m bench parts           where our time goes: stem, stages, merging layers, head
     python -m bench training        a training step of T0 and S, and its goals: 5 minutes
     python -m bench roofline        least times of the GPU kernels, computed, without a GPU
     python -m bench report          the goals, from the CSV
@@ -27,7 +28,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench import pages, plot, report, results, session, workloads, zoo
+from bench import pages, parts, plot, report, results, session, workloads, zoo
 from bench.providers import PROVIDERS
 from bench.session import Pool, Spec
 
@@ -90,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         "command",
         nargs="?",
         default="goals",
-        choices=["goals", *KINDS, "training", "report", "plot", "readme", "roofline"],
+        choices=["goals", *KINDS, "parts", "training", "report", "plot", "readme", "roofline"],
     )
     parser.add_argument("--csv", type=Path, help="results; by default those of this device")
     parser.add_argument("--out", type=Path, help="folder of charts, or of README.md and docs/")
@@ -154,6 +155,8 @@ def specs(args: argparse.Namespace) -> list[Spec]:
         found = _goal_specs(args)
     elif args.command == "networks" and args.dtype == "fp32":
         found = _network_specs(args)
+    elif args.command == "parts":
+        found = _part_specs(args)
     elif args.command == "operators":
         found = _layer_specs(args)
         if args.only:
@@ -255,6 +258,20 @@ def _kind_specs(
     return found
 
 
+def _part_specs(args: argparse.Namespace) -> list[Spec]:
+    """Each FasterNet with its parts: ours, where no providers are named."""
+    selected = [name.removeprefix("fasternet_") for name in _selected(args, "network")]
+    dtypes = ("fp32",) if args.dtype == "fp32" else ("fp32", "bf16")
+    found = []
+    for network in workloads.NETWORKS:
+        if network in selected:
+            names = (f"fasternet_{network}", *(part.workload for part in parts.find(network)))
+            for batch, threads in itertools.product(args.batch or (1,), _threads(args)):
+                providers = tuple(args.providers or ("ours",))
+                found.append(Spec(names, providers, batch, threads, "latency", dtypes))
+    return found
+
+
 def _goal_specs(args: argparse.Namespace) -> list[Spec]:
     """The rows that the goals are about: networks at batch 1 with everybody, at batch 16 without
     eager PyTorch, and chains for their share of the peak alone."""
@@ -300,6 +317,8 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
 
         for spec, rows in session.measure(todo, path, run, progress, args.quick):
             tqdm.write(report.session_text(spec.title, rows))
+            if args.command == "parts":
+                tqdm.write(f"\n{parts.text(rows)}")
     if args.command == "goals":
         print(report.text([row for row in results.read(path) if row.run == run]))
 

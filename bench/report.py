@@ -16,6 +16,7 @@ __all__ = [
     "Goal",
     "Verdict",
     "best",
+    "columns",
     "compare",
     "judge",
     "markdown",
@@ -170,7 +171,7 @@ def text(rows: Sequence[Row]) -> str:
     count = [sum(v.met is state for v in verdicts) for state in (True, False, None)]
     summary = f"{count[0]} met, {count[1]} fall short, {count[2]} not measured"
     ratios = "Ratios: median over rounds, in brackets the 95 % bootstrap interval."
-    return f"{_columns(lines)}\n\n{summary}. {ratios}"
+    return f"{columns(lines)}\n\n{summary}. {ratios}"
 
 
 def session_text(title: str, rows: Sequence[Row]) -> str:
@@ -199,10 +200,11 @@ def session_text(title: str, rows: Sequence[Row]) -> str:
         )
     load = next((row.other_load for row in rows if row.other_load is not None), None)
     note = "" if load is None or load < 0.2 else f"   (others kept {load:.1f} processors busy)"
-    return f"\n{title}{note}\n{_columns(lines)}"
+    return f"\n{title}{note}\n{columns(lines)}"
 
 
-def _columns(lines: Sequence[Sequence[str]]) -> str:
+def columns(lines: Sequence[Sequence[str]]) -> str:
+    """A table as plain text; the first line is its head."""
     # What is wrong with a provider may be long, and is the last thing on its line.
     full = [line for line in lines if len(line) < 2 or any(line[2:]) or len(line) == 2]
     widths = [max(map(len, column)) for column in zip(*full, strict=True)]

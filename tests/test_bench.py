@@ -11,6 +11,7 @@ import torch
 import fasternet_kernels as fk
 from bench import (
     pages,
+    parts,
     plot,
     published,
     report,
@@ -382,9 +383,45 @@ def test_specs():
         ("l_stage1_relu", "ours", "fp32"),
         ("l_stage1_relu", "ours", "bf16"),
     ]
+    (whole, *rest) = planned("parts", "--only", "t1", "--threads", "1,2", "--batch", "16")
+    assert (whole.providers, whole.batch, whole.threads) == (("ours",), 16, 1)
+    assert whole.workloads[0] == "fasternet_t1" and len(whole.workloads) == 1 + 4 + 4 + 1
+    assert [(s.workloads, s.threads) for s in rest] == [(whole.workloads, 2)]
     for argv in (["networks", "--only", "resnet"], ["networks", "--providers", "tvm"]):
         with pytest.raises(ValueError, match=r"nothing to measure|no provider 'tvm'"):
             planned(*argv)
+
+
+@pytest.mark.parametrize("network", workloads.NETWORKS)
+def test_parts_are_the_network(network):
+    """They do the same work: FLOPs and weights."""
+    whole = workloads.find(f"fasternet_{network}")
+    found = [(part, workloads.find(part.workload)) for part in parts.find(network)]
+    assert len({part.label for part, _ in found}) == len(found) == 9
+    assert sum(part.times * w.flops(2) for part, w in found) == pytest.approx(whole.flops(2))
+    count = sum(part.times * sum(p.numel() for p in w.make().parameters()) for part, w in found)
+    assert count == pytest.approx(sum(p.numel() for p in whole.make().parameters()))
+
+
+def test_parts_text():
+    def of(workload, ms, **changes):
+        gflop = workloads.find(workload).flops(1) / 1e9
+        rate = gflop / ms * 1e3
+        return row(workload=workload, median_ms=ms, gflop=gflop, gflop_per_s=rate, **changes)
+
+    # Each part takes 4 ms: a chain of four blocks is 1 ms a block.
+    found = [of(part.workload, 4.0, kind="operator") for part in parts.find("t0")]
+    whole = of("fasternet_t0", 30.0, kind="network", peak_share=0.5)
+    lines = parts.text([whole, *found]).splitlines()
+    assert len(lines) == 1 + 9 + 2
+    cells = {line.split("  ")[0].strip(): line.split() for line in lines[1:]}
+    assert cells["stem"][1:3] == ["4.00", f"{4 / 33:.1%}"]
+    assert cells["stage 1, 1 block"][4:6] == ["1.00", f"{1 / 33:.1%}"]
+    assert cells["stage 3, 8 blocks"][4:6] == ["8.00", f"{8 / 33:.1%}"]
+    assert cells["sum"][1:] == ["33.00"]  # 4 patch layers, 13 blocks, head
+    assert cells["the network at once"][4] == "30.00" and cells["the network at once"][-1] == "50%"
+    broken = [whole, *found[:-1], row(workload="head_t0", kind="operator", status="died")]
+    assert parts.text(broken) == "fasternet_kernels, fp32: not measured: head"
 
 
 def test_interleave_keeps_what_bursts_return():
