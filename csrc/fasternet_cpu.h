@@ -124,7 +124,7 @@ struct Block {
   int64_t x_pixel_stride;
   const void* residual;  // usually x
   int64_t residual_pixel_stride;
-  void* y;  // must not overlap x
+  void* y;  // must overlap neither x nor residual
   int64_t y_pixel_stride;
   const void* packed;        // that of PConv3x3, Weight(c_hidden, channels, 1, 1), Weight(channels, c_hidden, 1, 1)
   const void* sample_scale;  // (batch) in the compute type, or null

@@ -316,6 +316,96 @@ void activate(Act act, T* c, int64_t stride, int64_t rows, int64_t columns) {
   }
 }
 
+// ---- Vectors of channels --------------------------------------------------------------------------------------------
+
+// float in vectors; double one by one, which is enough for gradient checks.
+template <class T>
+struct Lanes {
+  using VT = VecOf<float, FASTERNET_VECTOR_BYTES>;
+  using V = typename VT::type;
+  static constexpr int kLanes = VT::kLanes;
+};
+template <>
+struct Lanes<double> {
+  struct VT {};
+  using V = double;
+  static constexpr int kLanes = 1;
+};
+template <class T>
+using LanesOf = typename Lanes<T>::V;
+
+constexpr int kFloatLanes = Lanes<float>::kLanes;
+
+// Loads and stores of vectors V, or of one value, with the conversion from and to storage.
+template <class V, class S>
+inline V load_as(const S* p) {
+  if constexpr (Same<V, float>::value || Same<V, double>::value) {
+    return to_compute(*p);
+  } else if constexpr (Same<S, bf16>::value) {
+    using Halves = typename VecOf<uint16_t, sizeof(V) / 2>::type;
+    using Words = typename VecOf<uint32_t, sizeof(V)>::type;
+    const Words bits = __builtin_convertvector(load<Halves>(p), Words) << 16;
+    return load<V>(&bits);
+  } else {
+    return load<V>(p);
+  }
+}
+template <class V, class S>
+inline void store_as(V v, S* p) {
+  if constexpr (Same<V, float>::value || Same<V, double>::value) {
+    to_storage(v, p);
+  } else if constexpr (Same<S, bf16>::value) {  // as to_storage
+    using Halves = typename VecOf<uint16_t, sizeof(V) / 2>::type;
+    using Words = typename VecOf<uint32_t, sizeof(V)>::type;
+    Words bits;
+    store(&bits, v);
+    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    store(p, __builtin_convertvector((v != v ? (bits | 0x400000) : rounded) >> 16, Halves));
+  } else {
+    store(p, v);
+  }
+}
+
+// f.template run<V>(j) on vectors that cover [0, columns) and nothing else: whole ones, the last of which may overlap
+// the one before it, or where there are too few columns narrower ones. f must not mind being run twice on a column.
+template <class T, class F>
+inline void for_columns(int64_t columns, const F& f) {
+  using V = LanesOf<T>;
+  constexpr int64_t kLanes = Lanes<T>::kLanes;
+  if constexpr (Same<T, double>::value) {
+    for (int64_t j = 0; j < columns; ++j) f.template run<double>(j);
+  } else if (columns >= kLanes) {
+    for (int64_t j = 0; j < columns - kLanes; j += kLanes) f.template run<V>(j);
+    f.template run<V>(columns - kLanes);
+  } else {
+    using Half = typename VecOf<float, FASTERNET_VECTOR_BYTES / 2>::type;
+    if (columns >= kLanes / 2) {
+      f.template run<Half>(0);
+      f.template run<Half>(columns - kLanes / 2);
+    } else {
+      for (int64_t j = 0; j < columns; ++j) f.template run<float>(j);
+    }
+  }
+}
+
+// to = from + add, where add is there.
+template <class S, class A, class D>
+struct Combine {
+  const S* from;
+  const A* add;
+  D* to;
+  template <class V>
+  void run(int64_t j) const {
+    V v = load_as<V>(from + j);
+    if (add) v += load_as<V>(add + j);
+    store_as(v, to + j);
+  }
+};
+template <class T, class S, class A, class D>
+inline void combine(const S* from, const A* add, D* to, int64_t columns) {
+  for_columns<T>(columns, Combine<S, A, D>{from, add, to});
+}
+
 // ---- GEMM of a tile -------------------------------------------------------------------------------------------------
 
 // Up to kMaxRows consecutive rows of the output, whose A rows are evenly strided in every segment; a segment without A
@@ -592,7 +682,7 @@ void load_row(const Image<S>& x, int64_t height, int64_t row, int64_t c0, int64_
   const S* source = x.at(row / height, row % height, c0);
   for (int64_t column = 0; column < columns; ++column, source += x.pixel_stride, out += channels) {
     if (x.channel_stride == 1) {
-      for (int64_t c = 0; c < channels; ++c) out[c] = to_compute(source[c]);
+      combine<T>(source, static_cast<const T*>(nullptr), out, channels);
     } else {
       for (int64_t c = 0; c < channels; ++c) out[c] = to_compute(source[c * x.channel_stride]);
     }
@@ -1020,13 +1110,13 @@ void pconv3x3_as(const PConv3x3& args, const ParallelFor& parallel) {
 template <class S, class T>
 void load_rows(const S* source, int64_t source_stride, int64_t rows, int64_t channels, T* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r, source += source_stride, out += out_stride) {
-    for (int64_t c = 0; c < channels; ++c) out[c] = to_compute(source[c]);
+    combine<T>(source, static_cast<const T*>(nullptr), out, channels);
   }
 }
 template <class S, class T>
 void store_rows(const T* values, int64_t stride, int64_t rows, int64_t channels, S* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; ++r, values += stride, out += out_stride) {
-    for (int64_t c = 0; c < channels; ++c) to_storage(values[c], out + c);
+    combine<T>(values, static_cast<const T*>(nullptr), out, channels);
   }
 }
 
@@ -1227,6 +1317,18 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
   });
 }
 
+// to = from + factor * sums.
+template <class R, class T>
+struct AddScaled {
+  const R* from;
+  T factor;
+  const T* sums;
+  R* to;
+  template <class V>
+  void run(int64_t j) const {
+    store_as(load_as<V>(from + j) + factor * load_as<V>(sums + j), to + j);
+  }
+};
 // y = residual + sample_scale * sums, in columns [n, n + columns) of `pixels` pixels from `pixel` on.
 template <class R, class T>
 void add_residual(const Block& args, int64_t pixel, int64_t pixels, int64_t n, int64_t columns, const T* sums,
@@ -1236,7 +1338,7 @@ void add_residual(const Block& args, int64_t pixel, int64_t pixels, int64_t n, i
     const R* const from = static_cast<const R*>(args.residual) + p * args.residual_pixel_stride + n;
     R* const to = static_cast<R*>(args.y) + p * args.y_pixel_stride + n;
     const T factor = sample_scale ? sample_scale[p / (args.height * args.width)] : T(1);
-    for (int64_t c = 0; c < columns; ++c) to_storage(to_compute(from[c]) + factor * sums[c], to + c);
+    for_columns<T>(columns, AddScaled<R, T>{from, factor, sums, to});
   }
 }
 
@@ -1410,12 +1512,14 @@ void load_patch_rows(const S* source, const Image<S>& x, int64_t columns, int64_
 template <class S, class T>
 void load_patches(const Image<S>& x, const Tiling::Tile& t, int64_t out_height, int64_t kh, int64_t kw,
                   int64_t channels, int64_t stride, T* patches) {
-  const bool stem = kw == 4 && channels == 3;
+  const bool dense = x.channel_stride == 1 && x.pixel_stride == channels, stem = kw == 4 && channels == 3;
   for (int64_t row = t.row0; row < t.row1; ++row, patches += t.columns() * stride) {
     for (int64_t dy = 0; dy < kh; ++dy) {
       const S* const source = x.at(row / out_height, row % out_height * kh + dy, t.column0 * kw);
       T* const first = patches + dy * kw * channels;
-      if (stem) {
+      if (dense) {
+        load_rows<S, T>(source, kw * channels, t.columns(), kw * channels, first, stride);
+      } else if (stem) {
         load_patch_rows<4, 3>(source, x, t.columns(), 4, 3, stride, first);
       } else {
         load_patch_rows<0, 0>(source, x, t.columns(), kw, channels, stride, first);

@@ -25,55 +25,7 @@ constexpr int64_t kPieceRows = 7;  // units that a thread takes at least where i
 constexpr int64_t kPieceTaps = 2;  // where it copies the convolved ones alone
 constexpr int64_t kSumRows = 16;   // values in one chain of additions
 
-// ---- Vectors of channels --------------------------------------------------------------------------------------------
-
-// float in vectors; double one by one, which is enough for gradient checks.
-template <class T>
-struct Lanes {
-  using VT = VecOf<float, FASTERNET_VECTOR_BYTES>;
-  using V = typename VT::type;
-  static constexpr int kLanes = VT::kLanes;
-};
-template <>
-struct Lanes<double> {
-  struct VT {};
-  using V = double;
-  static constexpr int kLanes = 1;
-};
-template <class T>
-using LanesOf = typename Lanes<T>::V;
-
-constexpr int kFloatLanes = Lanes<float>::kLanes;
-
-// Loads and stores of vectors V, or of one value, with the conversion from and to storage.
-template <class V, class S>
-inline V load_as(const S* p) {
-  if constexpr (Same<V, float>::value || Same<V, double>::value) {
-    return to_compute(*p);
-  } else if constexpr (Same<S, bf16>::value) {
-    using Halves = typename VecOf<uint16_t, sizeof(V) / 2>::type;
-    using Words = typename VecOf<uint32_t, sizeof(V)>::type;
-    const Words bits = __builtin_convertvector(load<Halves>(p), Words) << 16;
-    return load<V>(&bits);
-  } else {
-    return load<V>(p);
-  }
-}
-template <class V, class S>
-inline void store_as(V v, S* p) {
-  if constexpr (Same<V, float>::value || Same<V, double>::value) {
-    to_storage(v, p);
-  } else if constexpr (Same<S, bf16>::value) {  // as to_storage
-    using Halves = typename VecOf<uint16_t, sizeof(V) / 2>::type;
-    using Words = typename VecOf<uint32_t, sizeof(V)>::type;
-    Words bits;
-    store(&bits, v);
-    const Words rounded = bits + 0x7fff + ((bits >> 16) & 1);
-    store(p, __builtin_convertvector((v != v ? (bits | 0x400000) : rounded) >> 16, Halves));
-  } else {
-    store(p, v);
-  }
-}
+// ---- Vectors of channels, some of them short ------------------------------------------------------------------------
 
 // The first n channels at p; the others are zero.
 template <class T, class S>
@@ -91,46 +43,6 @@ inline void store_part(LanesOf<T> v, S* p, int64_t n) {
   T part[kLanes];
   store_as(v, part);
   for (int64_t i = 0; i < n; ++i) to_storage(part[i], p + i);
-}
-
-// f.template run<V>(j) on vectors that cover [0, columns) and nothing else: whole ones, the last of which may overlap
-// the one before it, or where there are too few columns narrower ones. f must not mind being run twice on a column.
-template <class T, class F>
-inline void for_columns(int64_t columns, const F& f) {
-  using V = LanesOf<T>;
-  constexpr int64_t kLanes = Lanes<T>::kLanes;
-  if constexpr (Same<T, double>::value) {
-    for (int64_t j = 0; j < columns; ++j) f.template run<double>(j);
-  } else if (columns >= kLanes) {
-    for (int64_t j = 0; j < columns - kLanes; j += kLanes) f.template run<V>(j);
-    f.template run<V>(columns - kLanes);
-  } else {
-    using Half = typename VecOf<float, FASTERNET_VECTOR_BYTES / 2>::type;
-    if (columns >= kLanes / 2) {
-      f.template run<Half>(0);
-      f.template run<Half>(columns - kLanes / 2);
-    } else {
-      for (int64_t j = 0; j < columns; ++j) f.template run<float>(j);
-    }
-  }
-}
-
-// to = from + add, where add is there.
-template <class S, class A, class D>
-struct Combine {
-  const S* from;
-  const A* add;
-  D* to;
-  template <class V>
-  void run(int64_t j) const {
-    V v = load_as<V>(from + j);
-    if (add) v += load_as<V>(add + j);
-    store_as(v, to + j);
-  }
-};
-template <class T, class S, class A, class D>
-inline void combine(const S* from, const A* add, D* to, int64_t columns) {
-  for_columns<T>(columns, Combine<S, A, D>{from, add, to});
 }
 
 // f(row0, row1, column, valid lanes) over blocks of kSumRows rows and one vector of columns. That order defeats the
