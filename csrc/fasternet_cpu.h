@@ -11,7 +11,8 @@
 // The library owns no threads: each call takes a ParallelFor. Scratch is kept per thread and reused, so that a call
 // like the one before allocates nothing. What large images and batches need is kept only for a while: a buffer of more
 // than 32 MB until a few calls in a row have needed less than half of it, one of more than 128 MB until the call
-// returns (calls of networks, heads and training, whose buffers grow with the batch; the others' grow with a tile).
+// returns (calls of blocks, pconv_pw, networks, heads and training, whose buffers grow with the number of threads or
+// with the batch; the others' grow with a tile).
 #pragma once
 
 #include <cstddef>

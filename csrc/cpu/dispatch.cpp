@@ -175,8 +175,14 @@ void* scratch(Slot slot, int64_t bytes) {
 TrimScratch::~TrimScratch() { thread_scratch.trim(); }
 
 void pconv3x3(const PConv3x3& args, const ParallelFor& parallel) { kernels().pconv3x3(args, parallel); }
-void pconv_pw(const PConvPw& args, const ParallelFor& parallel) { kernels().pconv_pw(args, parallel); }
-void block(const Block& args, const ParallelFor& parallel) { kernels().block(args, parallel); }
+void pconv_pw(const PConvPw& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().pconv_pw(args, parallel);
+}
+void block(const Block& args, const ParallelFor& parallel) {
+  const TrimScratch at_end;
+  kernels().block(args, parallel);
+}
 void patch_conv(const PatchConv& args, const ParallelFor& parallel) { kernels().patch_conv(args, parallel); }
 void head(const Head& args, const ParallelFor& parallel) {
   const TrimScratch at_end;

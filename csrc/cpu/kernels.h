@@ -79,8 +79,8 @@ static inline void forbid(const char*, const char*) {}
 #endif
 
 // At its end, frees the buffers of the calling thread that are out of proportion. For the operators whose scratch grows
-// with the batch: what one large call needed must not stay for the life of the thread, and yet a call like the one
-// before must not allocate. dispatch.cpp has the rule.
+// with the batch or the threads: what one large call needed must not stay for the life of the thread, and yet a call
+// like the one before must not allocate. dispatch.cpp has the rule.
 struct TrimScratch {
   TrimScratch() = default;
   TrimScratch(const TrimScratch&) = delete;

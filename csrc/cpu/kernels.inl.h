@@ -12,9 +12,9 @@
 //
 // u, h and the partial sums of y are scratch of one thread and stay in its L2 cache; x is read from memory once, but
 // for the first c_partial channels of the two rows around a tile, and y is written once: 2 C + 2 C_p / rows elements of
-// traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112
-// pixels give each row group a dozen visits per panel while h (112 x 256 floats) stays at 112 KB. Where threads would
-// have few pixels each, they share the columns of the products instead, for all pixels.
+// traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112 pixels give each row group a dozen visits per panel
+// while h (112 x 256 floats) stays at 112 KB. Where threads would have few pixels each, they share the columns of the
+// products instead, for all pixels.
 //
 // All arithmetic goes through one micro-kernel, `micro`: kRows x kVecs accumulators over a list of K segments. An
 // element's sum runs over K in one order whatever the tile, so tiling and threads never change the bits: in order
@@ -41,11 +41,14 @@ constexpr int64_t kTilePixels = 112;
 constexpr int64_t kWholeRows = 160;    // wider images are cut into row segments of about kTilePixels
 constexpr int64_t kDepth = 256;        // K per pass: a panel of 256 cache lines is 16 KB and stays in L1
 constexpr int64_t kHiddenChunk = 256;  // hidden channels per pass
+static_assert(kHiddenChunk == kDepth, "a block adds up the same passes whether threads share its tiles or its columns");
 constexpr int64_t kHeadDepth = 64;  // K per pass of the head: few rows, so passes are cheap and the logits more exact
-// Threads share columns where each would have fewer pixels than this: with 24 a thread, that is faster at the width of
-// every network's last stage, with 49 it is not.
+// Threads share columns where each would have fewer pixels than the first and the weights are at least the second. On 2
+// threads, with 24 pixels each, that is faster at the width of every network's last stage, and with 49 it is not
+// (`python -m bench blocks --only stage4 --threads 2 --batch 1,2`); fewer weights cost less than the further forks.
 constexpr int64_t kFewPixels = 36;
-constexpr int64_t kPiecePanels = 4;  // panels of columns that a thread takes at least
+constexpr int64_t kManyWeights = 64 << 10;
+constexpr int64_t kPiecePanels = 4;  // panels of columns in a piece, where threads have several
 constexpr int kMaxSegments = 4;
 constexpr int kUnroll = 4;  // steps of K per turn of the inner loop
 constexpr int kPrefetchLines = 2;
@@ -1120,7 +1123,7 @@ void store_rows(const T* values, int64_t stride, int64_t rows, int64_t channels,
   }
 }
 
-// The A operand [u | x[:, c_partial:]] of a tile as row groups of two segments.
+// The A operand [u | x[:, c_partial:]] of some pixels as row groups of two segments.
 template <class S, class T>
 struct MixedRows {
   int64_t c_partial, channels, u_stride;
@@ -1130,7 +1133,7 @@ struct MixedRows {
   void carve(Carver* carver, int64_t pixel_stride, int64_t pixels) {
     rest = carver->take<T>(must_copy<S, T>(pixel_stride) ? pixels * rest_stride() : 0);
   }
-  // Pixels [pixel, pixel + pixels) of x, where they are copied.
+  // Copies pixels [pixel, pixel + pixels) of x, where they have to be.
   void load(const S* x, int64_t pixel_stride, int64_t pixel, int64_t pixels) const {
     if (!must_copy<S, T>(pixel_stride)) return;
     load_rows<S, T>(x + pixel * pixel_stride + c_partial, pixel_stride, pixels, channels - c_partial,
@@ -1164,19 +1167,29 @@ int64_t chunk_width(int64_t n_padded, int64_t most) {
 }
 
 // Of a small image, tiles would give every thread few pixels, all weights to read for them, and image rows that do not
-// divide evenly. Threads share the columns of each product instead.
-inline bool few_pixels(int64_t pixels, const ParallelFor& parallel) {
-  return parallel.num_threads > 1 && pixels < kFewPixels * parallel.num_threads;
+// divide evenly. Threads share the columns of the product with w instead, unless that gives one of them more to do.
+template <class T>
+bool shares_columns(const Tiling& tiling, const Packed<T>& w, const ParallelFor& parallel) {
+  const int64_t threads = parallel.num_threads, pixels = tiling.rows * tiling.width, width = panel_width<T>();
+  if (threads <= 1 || pixels < 1 || pixels >= kFewPixels * threads || w.n * w.k < kManyWeights) return false;
+  const int64_t columns = ceil_div(ceil_div(w.n_padded, width), threads) * width;
+  return columns * pixels <= tiling.max_pixels() * w.n_padded;
 }
 
-// f(part) on gemms that together make all columns of the product with whole.b.
+// f(n0, n1) on all columns of w.
 template <class T, class F>
-void share_columns(const ParallelFor& parallel, const Gemm<T>& whole, const F& f) {
-  const int64_t width = panel_width<T>(), n_padded = whole.b->n_padded;
-  parallel_pieces(parallel, ceil_div(n_padded, width), kPiecePanels, [&](int64_t begin, int64_t end, bool) {
+void share_columns(const ParallelFor& parallel, const Packed<T>& w, const F& f) {
+  const int64_t width = panel_width<T>();
+  parallel_pieces(parallel, ceil_div(w.n_padded, width), kPiecePanels,
+                  [&](int64_t begin, int64_t end, bool) { f(begin * width, clip(end * width, w.n_padded)); });
+}
+// f(part) on gemms that together are `whole`, of all columns.
+template <class T, class F>
+void share_gemm(const ParallelFor& parallel, const Gemm<T>& whole, const F& f) {
+  share_columns(parallel, *whole.b, [&](int64_t n0, int64_t n1) {
     Gemm<T> part = whole;
-    part.n_begin = begin * width;
-    part.n_end = clip(end * width, n_padded);
+    part.n_begin = n0;
+    part.n_end = n1;
     if (whole.c) part.c += part.n_begin;
     if (whole.residual) part.residual += part.n_begin;
     f(part);
@@ -1187,18 +1200,17 @@ void share_columns(const ParallelFor& parallel, const Gemm<T>& whole, const F& f
 template <class S, class T>
 struct AllRows {
   const Image<S>* x;
-  int64_t height, width, total_rows, pixels;
+  const Tiling* tiling;  // of the PConv
+  int64_t height, pixels;
   MixedRows<S, T> mixed;
   T* u = nullptr;
   RowGroup<T>* groups = nullptr;
 
-  AllRows(const Image<S>* x_, int64_t batch, int64_t height_, int64_t width_, int64_t channels,
-          const PConvTile<S, T>& pconv)
-      : x(x_),
+  AllRows(const Image<S>& x_, const Tiling& tiling_, int64_t height_, int64_t channels, const PConvTile<S, T>& pconv)
+      : x(&x_),
+        tiling(&tiling_),
         height(height_),
-        width(width_),
-        total_rows(batch * height_),
-        pixels(total_rows * width_),
+        pixels(tiling_.rows * tiling_.width),
         mixed{pconv.c_partial, channels, pconv.u_stride} {}
   int64_t max_groups() const { return ceil_div(pixels, kMaxRows); }
   void carve(Carver* carver) {
@@ -1207,20 +1219,19 @@ struct AllRows {
     groups = carver->take<RowGroup<T>>(max_groups());
   }
   void compute(const PConvTile<S, T>& pconv_of_tiles, const ParallelFor& parallel) const {
-    const Tiling tiling(total_rows, width, parallel.num_threads, pconv_of_tiles.tile_pixels());
-    parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
+    parallel_for(parallel, tiling->tiles, [&](int64_t begin, int64_t end) {
       PConvTile<S, T> pconv = pconv_of_tiles;
       Carver carver;
       for (int round = 0; round < 2; ++round) {
         if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-        pconv.carve(&carver, *x, tiling);
+        pconv.carve(&carver, *x, *tiling);
       }
       for (int64_t i = begin; i < end; ++i) {
-        const Tiling::Tile t = tiling.tile(i);
-        const int64_t pixel = t.pixel(width);
+        const Tiling::Tile t = tiling->tile(i);
+        const int64_t pixel = t.pixel(tiling->width);
         mixed.load(x->data, x->pixel_stride, pixel, t.pixels());
         pconv.u = u + pixel * mixed.u_stride;
-        pconv.run(*x, height, width, t, total_rows, nullptr);
+        pconv.run(*x, height, tiling->width, t, tiling->rows, nullptr);
       }
     });
   }
@@ -1228,9 +1239,9 @@ struct AllRows {
 };
 
 template <class S, class T>
-void pconv_pw_by_columns(const PConvPw& args, const Image<S>& x, const PConvTile<S, T>& pconv, const Packed<T>& w_pw,
-                         const ParallelFor& parallel) {
-  AllRows<S, T> rows(&x, args.batch, args.height, args.width, args.channels, pconv);
+void pconv_pw_by_columns(const PConvPw& args, const Image<S>& x, const Tiling& tiling, const PConvTile<S, T>& pconv,
+                         const Packed<T>& w_pw, const ParallelFor& parallel) {
+  AllRows<S, T> rows(x, tiling, args.height, args.channels, pconv);
   Carver shared;
   for (int round = 0; round < 2; ++round) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
@@ -1249,7 +1260,7 @@ void pconv_pw_by_columns(const PConvPw& args, const Image<S>& x, const PConvTile
       g.c_stride = args.y_pixel_stride;
     }
   }
-  share_columns(parallel, g, [&](Gemm<T> part) {
+  share_gemm(parallel, g, [&](Gemm<T> part) {
     if (part.c) return gemm(part);
     const int64_t n = part.n_begin, stride = part.n_end - n;
     part.c = static_cast<T*>(scratch(kSlotTile, rows.pixels * stride * static_cast<int64_t>(sizeof(T))));
@@ -1266,10 +1277,10 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
   const Packed<T> w_pw(pconv_of_tiles.w.next(), args.c_out, args.channels);
   if (args.fast) pconv_of_tiles.allow_fast(w_pw.next(), x, args.height, args.width);
   const int64_t total_rows = args.batch * args.height;
-  if (few_pixels(total_rows * args.width, parallel)) {
-    return pconv_pw_by_columns<S, T>(args, x, pconv_of_tiles, w_pw, parallel);
-  }
   const Tiling tiling(total_rows, args.width, parallel.num_threads, pconv_of_tiles.tile_pixels());
+  if (shares_columns(tiling, w_pw, parallel)) {
+    return pconv_pw_by_columns<S, T>(args, x, tiling, pconv_of_tiles, w_pw, parallel);
+  }
   const bool direct = Same<S, T>::value && w_pw.n == w_pw.n_padded;  // the micro-kernel's stores are y itself
   const int64_t chunk = chunk_width<T>(w_pw.n_padded, kHiddenChunk);
   parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
@@ -1343,9 +1354,9 @@ void add_residual(const Block& args, int64_t pixel, int64_t pixels, int64_t n, i
 }
 
 template <class S, class R, class T>
-void block_by_columns(const Block& args, const Image<S>& x, const PConvTile<S, T>& pconv, const Packed<T>& w_pw1,
-                      const Packed<T>& w_pw2, const ParallelFor& parallel) {
-  AllRows<S, T> rows(&x, args.batch, args.height, args.width, args.channels, pconv);
+void block_by_columns(const Block& args, const Image<S>& x, const Tiling& tiling, const PConvTile<S, T>& pconv,
+                      const Packed<T>& w_pw1, const Packed<T>& w_pw2, const ParallelFor& parallel) {
+  AllRows<S, T> rows(x, tiling, args.height, args.channels, pconv);
   const int64_t hidden_stride = spread<T>(w_pw1.n_padded);
   const bool direct = Same<R, T>::value && w_pw2.n == w_pw2.n_padded && !args.sample_scale;
   T* hidden;
@@ -1365,13 +1376,13 @@ void block_by_columns(const Block& args, const Image<S>& x, const PConvTile<S, T
   expand.c_stride = hidden_stride;
   expand.shift = true;
   expand.act = args.act;
-  share_columns(parallel, expand, [](const Gemm<T>& part) { gemm(part); });
+  share_gemm(parallel, expand, [](const Gemm<T>& part) { gemm(part); });
   Gemm<T> project = {};
   const T* const a[1] = {hidden};
   project.groups = hidden_groups;
   project.n_groups = add_groups<T>(hidden_groups, 0, rows.pixels, 1, a, &hidden_stride);
   project.n_segments = 1;
-  project.segment_k[0] = args.c_hidden;  // not the padding: 0 * inf would be NaN
+  project.segment_k[0] = args.c_hidden;  // in passes like the tiles' chunks; not the padding: 0 * inf would be NaN
   project.segment_stride[0] = hidden_stride;
   project.b = &w_pw2;
   if constexpr (Same<R, T>::value) {
@@ -1382,7 +1393,7 @@ void block_by_columns(const Block& args, const Image<S>& x, const PConvTile<S, T
       project.residual_stride = args.residual_pixel_stride;
     }
   }
-  share_columns(parallel, project, [&](Gemm<T> part) {
+  share_gemm(parallel, project, [&](Gemm<T> part) {
     if (direct) return gemm(part);
     const int64_t n = part.n_begin, stride = part.n_end - n;
     part.c = static_cast<T*>(scratch(kSlotTile, rows.pixels * stride * static_cast<int64_t>(sizeof(T))));
@@ -1403,10 +1414,10 @@ void block_as(const Block& args, const ParallelFor& parallel) {
   const Packed<T> w_pw2(w_pw1.next(), args.channels, args.c_hidden);
   if (args.fast) pconv_of_tiles.allow_fast(w_pw2.next(), x, args.height, args.width);
   const int64_t total_rows = args.batch * args.height;
-  if (few_pixels(total_rows * args.width, parallel)) {
-    return block_by_columns<S, R, T>(args, x, pconv_of_tiles, w_pw1, w_pw2, parallel);
-  }
   const Tiling tiling(total_rows, args.width, parallel.num_threads, pconv_of_tiles.tile_pixels());
+  if (shares_columns(tiling, w_pw1, parallel) && shares_columns(tiling, w_pw2, parallel)) {
+    return block_by_columns<S, R, T>(args, x, tiling, pconv_of_tiles, w_pw1, w_pw2, parallel);
+  }
   const int64_t chunk = chunk_width<T>(w_pw1.n_padded, kHiddenChunk);
   const int64_t hidden_stride = spread<T>(chunk), sums_stride = spread<T>(w_pw2.n_padded);
   const bool direct = Same<R, T>::value && w_pw2.n == w_pw2.n_padded && !args.sample_scale;
@@ -1611,17 +1622,17 @@ template <class S, class T>
 void patch_conv_as(const PatchConv& args, const ParallelFor& parallel) {
   const auto finish = [](int64_t) {};
   const int64_t rows = args.batch * (args.height / args.kh), columns = args.width / args.kw;
-  const int64_t n_padded = padded_n(args.c_out, sizeof(T)), width = panel_width<T>();
-  if (few_pixels(rows * columns, parallel)) {
-    const Tiling tiling(rows, columns, 1);
-    parallel_pieces(parallel, ceil_div(n_padded, width), kPiecePanels, [&](int64_t begin, int64_t end, bool) {
-      patch_conv_tiles<S, T>(args, tiling, 0, tiling.tiles, begin * width, clip(end * width, n_padded), finish);
+  const Packed<T> w(static_cast<const T*>(args.packed), args.c_out, args.kh * args.kw * args.channels);
+  const Tiling tiling(rows, columns, parallel.num_threads);
+  if (shares_columns(tiling, w, parallel)) {
+    const Tiling together(rows, columns, 1);
+    share_columns(parallel, w, [&](int64_t n0, int64_t n1) {
+      patch_conv_tiles<S, T>(args, together, 0, together.tiles, n0, n1, finish);
     });
     return;
   }
-  const Tiling tiling(rows, columns, parallel.num_threads);
   parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
-    patch_conv_tiles<S, T>(args, tiling, begin, end, 0, n_padded, finish);
+    patch_conv_tiles<S, T>(args, tiling, begin, end, 0, w.n_padded, finish);
   });
 }
 

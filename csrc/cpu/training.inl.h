@@ -970,7 +970,7 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
                     const R* const before = from + p * args.residual_pixel_stride;
                     R* const after = to + p * channels;
                     const T factor = sample_scale ? sample_scale[(pixel + p) / area] : T(1);
-                    for (int64_t c = 0; c < part.n; ++c) to_storage(to_compute(before[c]) + factor * sum[c], after + c);
+                    for_columns<T>(part.n, AddScaled<R, T>{before, factor, sum, after});
                   }
                 }
               }

@@ -109,9 +109,13 @@ void test_non_finite(const Case& c) {
         x.fill(3);
         x.at(c.shape.batch - 1, pixel / c.shape.width, pixel % c.shape.width, channel) = round_to<T>(special);
         operation(x, &y, fasternet::serial());
-        check_non_finite(name_of<T, T>(c) + " with " + std::to_string(special) + " in channel " +
-                             std::to_string(channel) + " of pixel " + std::to_string(pixel),
-                         y, operation.template expected<Exact>(x));
+        const std::string name = name_of<T, T>(c) + " with " + std::to_string(special) + " in channel " +
+                                 std::to_string(channel) + " of pixel " + std::to_string(pixel);
+        check_non_finite(name, y, operation.template expected<Exact>(x));
+        Threads two(2);
+        Tensor<T> shared = y.blank();
+        operation(x, &shared, two.parallel());
+        check(shared.same_bits(y), name, "other bits with 2 threads");
       }
     }
   }
@@ -159,6 +163,22 @@ void test_type() {
   test_non_finite<T>(wide);
 }
 
+// Many weights for few pixels: threads share columns instead of tiles, of 2 threads, of 5 or of 8 as shapes have it.
+template <class T>
+void test_columns() {
+  for (const Shape& shape :
+       {Shape{1, 7, 7, 320}, Shape{1, 5, 7, 300}, Shape{2, 4, 5, 300}, Shape{1, 1, 170, 320}, Shape{1, 14, 14, 256}}) {
+    test_case<T>({shape, shape.channels / 4, 2 * shape.channels, Act::kGelu});
+    Case c{shape, 8, 257};
+    c.with_layer_scale = c.with_sample_scale = c.own_residual = true;
+    c.x_slice = {3, shape.channels + 5}, c.y_slice = {1, shape.channels + 2};
+    test_case<T>(c);
+  }
+  Case c{{1, 7, 7, 320}, 80, 640, Act::kGelu};
+  c.x_slice = {16, 1024};  // rows that compete for the same sets of a cache are copied
+  test_case<T>(c);
+}
+
 // The fast tier: a block's error is within the same criterion, all rules about bits hold, and its pack is one that the
 // default tier reads as ever.
 void test_fast() {
@@ -185,6 +205,9 @@ void test_fast() {
       test_case<float>(c);
     }
   }
+  Case shared{{1, 14, 14, 256}, 64, 256};  // 8 threads share columns
+  shared.fast = shared.fast_pack = true;
+  test_case<float>(shared);
   Case c{{1, 14, 14, 96}, 24, 96};  // other dtypes ignore it
   c.fast = c.fast_pack = true;
   test_case<double>(c);
@@ -193,8 +216,9 @@ void test_fast() {
 
 // Under autocast x is bfloat16 and the residual stream stays float.
 void test_float_residual() {
-  for (const Shape& shape : {Shape{3, 7, 9, 40}, Shape{1, 1, 1, 17}, Shape{1, 3, 300, 33}, Shape{0, 7, 9, 40}}) {
-    Case c{shape, 8, 80, Act::kGelu};
+  for (const Shape& shape :
+       {Shape{3, 7, 9, 40}, Shape{1, 1, 1, 17}, Shape{1, 3, 300, 33}, Shape{0, 7, 9, 40}, Shape{1, 7, 7, 320}}) {
+    Case c{shape, 8, 2 * shape.channels, Act::kGelu};
     c.own_residual = true;
     test_case<BFloat16, float>(c);
     c.with_layer_scale = c.with_sample_scale = true, c.y_slice = {3, shape.channels + 4};
@@ -209,6 +233,9 @@ int main() {
     test_type<float>();
     test_type<double>();
     test_type<BFloat16>();
+    test_columns<float>();
+    test_columns<double>();
+    test_columns<BFloat16>();
     test_float_residual();
     test_fast();
   });

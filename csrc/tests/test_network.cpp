@@ -276,6 +276,33 @@ void test_no_allocation() {
         "a call allocated " + std::to_string(count) + " times");
 }
 
+// Threads share the columns of a block with many weights for few pixels: that scratch stays as well.
+template <class T>
+void test_no_allocation_by_columns() {
+  const Shape shape{1, 7, 7, 320};
+  const auto partial = Filter<T>::random(2, 80, 80, 3, 3, false, false);
+  const auto pw1 = Filter<T>::random(3, 640, 320, 1, 1, true, true);
+  const auto pw2 = Filter<T>::random(4, 320, 640, 1, 1, false, false);
+  const Packed<T> packed({&partial, &pw1, &pw2}, First::kPConv);
+  Tensor<T> x(shape), y(shape);
+  x.fill(5);
+  fasternet::Block args = {};
+  args.dtype = args.residual_dtype = Storage<T>::kDType;
+  args.batch = 1, args.channels = 320, args.height = args.width = 7;
+  args.c_partial = 80, args.c_hidden = 640;
+  args.x = args.residual = x.data(), args.y = y.data();
+  args.x_pixel_stride = args.residual_pixel_stride = args.y_pixel_stride = 320;
+  args.packed = packed.data();
+  args.act = fasternet::Act::kGelu;
+  AtOnce two(2);
+  fasternet::block(args, two.parallel());
+  const int before = allocations + other_allocations;
+  fasternet::block(args, two.parallel());
+  const int count = allocations + other_allocations - before;
+  check(count == 0, std::string("block by columns ") + Storage<T>::kName,
+        "a call allocated " + std::to_string(count) + " times");
+}
+
 void test_too_large() {
   const Plan<float> plan;
   const std::vector<Step> steps = plan.steps();
@@ -303,6 +330,7 @@ void test_type() {
   }
   test_bad_plans<T>();
   test_no_allocation<T>();
+  test_no_allocation_by_columns<T>();
 }
 
 }  // namespace

@@ -62,8 +62,13 @@ void test_case(const Case& c) {
         round_to<T>(special);
     Tensor<T> result = y.blank();
     operation(spoilt, &result, fasternet::serial(), 0);
-    check_non_finite(name_of<T>(c) + " with " + std::to_string(special), result,
+    const std::string name = name_of<T>(c) + " with " + std::to_string(special);
+    check_non_finite(name, result,
                      conv_shift_act<Exact>(spoilt.template dense<double>(), c.shape, filter, Act::kIdentity));
+    Threads two(2);
+    Tensor<T> shared = y.blank();
+    operation(spoilt, &shared, two.parallel(), 0);
+    check(shared.same_bits(result), name, "other bits with 2 threads");
   }
 }
 
@@ -86,6 +91,11 @@ void test_type() {
       test_case<T>({shape, 17, 1, 3, layout, false, false});
       test_case<T>({shape, 17, 3, 2, layout});
     }
+    test_case<T>({{1, 10, 8, 5}, 24, 5, 2, layout});
+    // Many weights for few pixels: threads share columns instead of tiles, of 2 threads, of 5 or of 8.
+    test_case<T>({{1, 14, 14, 160}, 320, 2, 2, layout});
+    test_case<T>({{1, 24, 24, 40}, 441, 2, 2, layout, true, true, {3, 44}, {1, 443}});  // several tiles
+    test_case<T>({{1, 1, 170, 256}, 256, 1, 1, layout});
   }
 }
 

@@ -76,9 +76,13 @@ void test_non_finite(const Case& c) {
         x.fill(3);
         x.at(c.shape.batch - 1, pixel / c.shape.width, pixel % c.shape.width, channel) = round_to<T>(special);
         operation(x, &y, fasternet::serial());
-        check_non_finite(name_of<T>(c) + " with " + std::to_string(special) + " in channel " + std::to_string(channel) +
-                             " of pixel " + std::to_string(pixel),
-                         y, operation.template expected<Exact>(x));
+        const std::string name = name_of<T>(c) + " with " + std::to_string(special) + " in channel " +
+                                 std::to_string(channel) + " of pixel " + std::to_string(pixel);
+        check_non_finite(name, y, operation.template expected<Exact>(x));
+        Threads two(2);
+        Tensor<T> shared = y.blank();
+        operation(x, &shared, two.parallel());
+        check(shared.same_bits(y), name, "other bits with 2 threads");
       }
     }
   }
@@ -117,6 +121,14 @@ void test_type() {
     test_non_finite<T>({{2, 5, 7, 20}, 10, 33, act});
   }
   test_non_finite<T>({{1, 5, 7, 300}, 75, 17, Act::kIdentity, true, true, {2, 305}});
+  // Many weights for few pixels: threads share columns instead of tiles, of 2 threads, of 5 or of 8 as shapes have it.
+  for (const Shape& shape :
+       {Shape{1, 7, 7, 320}, Shape{1, 5, 7, 300}, Shape{2, 4, 5, 300}, Shape{1, 1, 170, 320}, Shape{1, 14, 14, 256}}) {
+    test_case<T>({shape, shape.channels / 4, 320, Act::kGelu});
+    test_case<T>({shape, 8, 257, Act::kRelu, true, true, {3, shape.channels + 5}, {1, 259}});
+  }
+  test_case<T>({{1, 7, 7, 320}, 80, 640, Act::kGelu, true, true, {16, 1024}, {0, 640}});
+  test_non_finite<T>({{1, 5, 7, 300}, 75, 257});
 }
 
 // The fast tier: within the bound that fasternet_cpu.h gives, by all rules about bits, where it says that it runs.
@@ -146,6 +158,7 @@ void test_fast() {
     }
   }
   test_fast_case<float>({{1, 14, 14, 24}, 24, 24, Act::kIdentity, false, false});  // all channels
+  test_fast_case<float>({{1, 14, 14, 256}, 64, 256});                              // 8 threads share columns
   test_fast_case<double>({{1, 14, 14, 96}, 24, 40});
   test_fast_case<BFloat16>({{1, 14, 14, 96}, 24, 40});
 }

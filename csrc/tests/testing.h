@@ -622,19 +622,21 @@ void check_non_finite(const std::string& name, const Tensor<T>& result, const st
   check(true, name, "");
 }
 
-// Runs `operation(x, y, parallel)` in every way that must not change a bit of y: again, on 2 and 5 threads, in reverse
-// order, and image by image. Also: x unchanged, nothing written beside the slice. `y` is the serial result on return.
+// Runs `operation(x, y, parallel)` in every way that must not change a bit of y: again, on 2, 5 and 8 threads, in
+// reverse order, and image by image. Also: x unchanged, nothing written beside the slice. `y` is the serial result on
+// return.
 template <class T, class U, class Operation>
 void check_properties(const std::string& name, const Tensor<T>& x, Tensor<U>* y, const Operation& operation) {
   const Tensor<T> before = x;
   const Tensor<U> blank = *y;
   operation(x, y, fasternet::serial(), 0);
   check(y->neighbours_untouched(), name, "wrote outside its channels");
-  Threads two(2), five(5);
+  Threads two(2), five(5), eight(8);
   Reversed reversed(5);
   const std::pair<const char*, ParallelFor> ways[] = {{"a second run", fasternet::serial()},
                                                       {"2 threads", two.parallel()},
                                                       {"5 threads", five.parallel()},
+                                                      {"8 threads", eight.parallel()},
                                                       {"reversed ranges", reversed.parallel()}};
   for (const auto& way : ways) {
     Tensor<U> again = blank;
