@@ -47,7 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     args = _parser().parse_args(argv)
     looked = results.ROOT / "build" / "bench" / "quick.csv"  # a look is not published
-    path = args.csv or (looked if args.quick else results.default_path())
+    usual = results.default_path()
+    if args.command == "parts":  # beside the other rows, which tables and charts are made of
+        usual = usual.parent / "parts" / usual.name
+    path = args.csv or (looked if args.quick else usual)
     try:
         if args.command == "report":
             print(report.text(results.read(path)))
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             pages.update(results.read(newest), args.out or results.ROOT)
         else:
             _measure(args, path)
-    except (ImportError, OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError, session.WorkerError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -260,6 +263,8 @@ def _kind_specs(
 
 def _part_specs(args: argparse.Namespace) -> list[Spec]:
     """Each FasterNet with its parts: ours, where no providers are named."""
+    if args.mode == "streams":
+        raise ValueError("--mode streams: parts are measured one call at a time")
     selected = [name.removeprefix("fasternet_") for name in _selected(args, "network")]
     dtypes = ("fp32",) if args.dtype == "fp32" else ("fp32", "bf16")
     found = []
@@ -317,10 +322,9 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
 
         for spec, rows in session.measure(todo, path, run, progress, args.quick):
             tqdm.write(report.session_text(spec.title, rows))
-            if args.command == "parts":
-                tqdm.write(f"\n{parts.text(rows)}")
-    if args.command == "goals":
-        print(report.text([row for row in results.read(path) if row.run == run]))
+    if args.command in ("goals", "parts"):
+        text = report.text if args.command == "goals" else parts.text
+        print(f"\n{text([row for row in results.read(path) if row.run == run])}")
 
 
 def _measure_training(args: argparse.Namespace, path: Path) -> None:

@@ -10,18 +10,26 @@ import torch
 
 from bench import workloads
 from bench.providers import PROVIDERS
-from bench.report import columns
+from bench.report import columns, threads_text
 from bench.results import Row
 
-__all__ = ["Part", "find", "text"]
+__all__ = ["NOTE", "Part", "find", "text"]
+
+NOTE = """A part's time is that of a workload of its own, called by itself: what a call costs
+is in each part, the network pays it once. A stage's blocks are a chain of four, times depth / 4;
+their weights may stay in a cache from call to call where a network's do not. So the sum may lie on
+either side of the network's own time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Attributes:
-    label: what it is.
-    workload: what was measured for it.
-    times: how often a network contains that workload; a chain has more blocks than some stages.
+    """A part of a network, and what is measured for it.
+
+    Attributes:
+        label: what it is.
+        workload: what is measured.
+        times: that workload's time, times this, is the part's: depth / 4 for the blocks of a stage,
+            of which a chain has four, else 1.
     """
 
     label: str
@@ -45,28 +53,36 @@ def find(network: str) -> list[Part]:
 
 
 def text(rows: Sequence[Row]) -> str:
-    """A table for each provider and dtype of one session: milliseconds, shares of their sum, and
-    how fast the parts are. A part is called by itself, which its time contains."""
-    return "\n".join(
-        _table([row for row in rows if (row.provider, row.dtype) == of])
-        for of in dict.fromkeys((row.provider, row.dtype) for row in rows)
+    """A table for each session, provider and dtype that has a whole network: milliseconds, shares
+    of their sum, and how fast the parts are."""
+    groups: dict[tuple, dict[str, Row]] = {}
+    for row in rows:
+        groups.setdefault((row.session, row.provider, row.dtype), {})[row.workload] = row
+    tables = [_table(group) for group in groups.values()]
+    return "\n\n".join([*filter(None, tables), NOTE])
+
+
+def _table(rows: dict[str, Row]) -> str:
+    whole = next((row for row in rows.values() if row.kind == "network"), None)
+    if whole is None:
+        return ""
+    network = whole.workload.removeprefix("fasternet_")
+    title = (
+        f"{network.upper()}, batch {whole.batch}, {threads_text(whole.threads)}, "
+        f"{PROVIDERS[whole.provider].label} {whole.dtype}"
     )
-
-
-def _table(rows: list[Row]) -> str:
-    measured = {row.workload: row for row in rows if row.ok}
-    whole = next(row for row in rows if row.kind == "network")
-    parts = find(whole.workload.removeprefix("fasternet_"))
-    title = f"{PROVIDERS[whole.provider].label}, {whole.dtype}"
-    missing = [part.label for part in parts if part.workload not in measured]
-    if missing or not whole.ok:
-        return f"{title}: not measured: {', '.join(missing or [whole.workload])}"
-    times = [part.times * measured[part.workload].median_ms for part in parts]
+    parts = find(network)
+    wanted = [("the network at once", whole.workload), *((p.label, p.workload) for p in parts)]
+    missing = [label for label, name in wanted if name not in rows or not rows[name].ok]
+    if missing:
+        return f"{title}: not measured: {', '.join(missing)}"
+    times = [part.times * rows[part.workload].median_ms for part in parts]
     total = sum(times)
     lines = [(title, "ms", "of the sum", "GFLOP", "GFLOP/s", "peak")]
     for part, time in zip(parts, times):
-        row = measured[part.workload]
-        lines.append(_line(part.label, time, f"{time / total:.1%}", row, part.times))
+        lines.append(
+            _line(part.label, time, f"{time / total:.1%}", rows[part.workload], part.times)
+        )
     lines.append(("sum", f"{total:.2f}", *[""] * 4))
     lines.append(_line("the network at once", whole.median_ms, "", whole, 1))
     return columns(lines)

@@ -136,11 +136,14 @@ def _accuracy(rows: Sequence[Row], threads: int):
 
 
 def _label_points(figure, panel, points: Sequence[tuple[float, float, str]]) -> None:
-    """Writes each label where it covers no other label and no point, as far as there is room."""
+    """Writes each label inside the panel where it covers no other label, no point and no legend, as
+    far as there is room."""
     figure.draw_without_rendering()
     scale = figure.dpi / 72
     spots = [panel.transData.transform((x, y)) for x, y, _ in points]
     taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in spots]
+    taken += [legend.get_window_extent().extents for legend in [panel.get_legend()] if legend]
+    inside = panel.bbox.extents
     for (px, py), (x, y, label) in zip(spots, points):
         if not label:
             continue
@@ -153,13 +156,15 @@ def _label_points(figure, panel, points: Sequence[tuple[float, float, str]]) -> 
             ("center", "top", px - width / 2, py - gap - height),
         ]
 
-        def covered(corner: tuple, width: float = width, height: float = height) -> float:
+        def overlap(corner: tuple, box: tuple, width: float = width, height: float = height):
             left, low = corner[2], corner[3]
-            return sum(
-                max(0.0, min(left + width, b[2]) - max(left, b[0]))
-                * max(0.0, min(low + height, b[3]) - max(low, b[1]))
-                for b in taken
+            return max(0.0, min(left + width, box[2]) - max(left, box[0])) * max(
+                0.0, min(low + height, box[3]) - max(low, box[1])
             )
+
+        def covered(corner: tuple) -> float:
+            # What leaves the panel counts like what lies on something.
+            return sum(overlap(corner, box) for box in taken) - overlap(corner, inside)
 
         ha, va, left, low = min(corners, key=covered)
         taken.append((left, low, left + width, low + height))

@@ -387,6 +387,8 @@ def test_specs():
     assert (whole.providers, whole.batch, whole.threads) == (("ours",), 16, 1)
     assert whole.workloads[0] == "fasternet_t1" and len(whole.workloads) == 1 + 4 + 4 + 1
     assert [(s.workloads, s.threads) for s in rest] == [(whole.workloads, 2)]
+    with pytest.raises(ValueError, match="one call at a time"):
+        planned("parts", "--mode", "streams")
     for argv in (["networks", "--only", "resnet"], ["networks", "--providers", "tvm"]):
         with pytest.raises(ValueError, match=r"nothing to measure|no provider 'tvm'"):
             planned(*argv)
@@ -413,15 +415,22 @@ def test_parts_text():
     found = [of(part.workload, 4.0, kind="operator") for part in parts.find("t0")]
     whole = of("fasternet_t0", 30.0, kind="network", peak_share=0.5)
     lines = parts.text([whole, *found]).splitlines()
-    assert len(lines) == 1 + 9 + 2
-    cells = {line.split("  ")[0].strip(): line.split() for line in lines[1:]}
+    assert lines[12] == ""  # a head, nine parts, their sum, the network
+    cells = {line.split("  ")[0].strip(): line.split() for line in lines[1:12]}
     assert cells["stem"][1:3] == ["4.00", f"{4 / 33:.1%}"]
     assert cells["stage 1, 1 block"][4:6] == ["1.00", f"{1 / 33:.1%}"]
     assert cells["stage 3, 8 blocks"][4:6] == ["8.00", f"{8 / 33:.1%}"]
     assert cells["sum"][1:] == ["33.00"]  # 4 patch layers, 13 blocks, head
     assert cells["the network at once"][4] == "30.00" and cells["the network at once"][-1] == "50%"
-    broken = [whole, *found[:-1], row(workload="head_t0", kind="operator", status="died")]
-    assert parts.text(broken) == "fasternet_kernels, fp32: not measured: head"
+    assert parts.NOTE in parts.text([whole, *found])
+    again = [dataclasses.replace(r, dtype="bf16", session="r1/1") for r in (whole, *found)]
+    tables = parts.text([whole, *found, *again]).split("\n\n")
+    assert [t.split("  ")[0] for t in tables[:2]] == [
+        f"T0, batch 1, 1 thread, fasternet_kernels {dtype}" for dtype in ("fp32", "bf16")
+    ]
+    broken = [dataclasses.replace(whole, status="died"), *found[:-1]]
+    title = "T0, batch 1, 1 thread, fasternet_kernels fp32"
+    assert parts.text(broken).startswith(f"{title}: not measured: the network at once, head\n")
 
 
 def test_interleave_keeps_what_bursts_return():
@@ -456,6 +465,19 @@ def test_cli(capsys, monkeypatch, tmp_path):
     assert results.read(path) == rows
     assert main(["networks", "--providers", "tvm", "--csv", str(path)]) == 2
     assert "no provider 'tvm'" in capsys.readouterr().err
+
+
+def test_cli_parts(capsys, monkeypatch, tmp_path):
+    """The whole run's tables, after a resumption too."""
+    monkeypatch.setattr(session, "CACHE", tmp_path)
+    path = tmp_path / "results.csv"
+    argv = ["parts", "--only", "t0", "--threads", "1", "--quick", "--csv", str(path)]
+    for extra in ([], ["--resume"]):
+        assert main([*argv, *extra]) == 0
+        out = capsys.readouterr().out
+        assert "T0, batch 1, 1 thread, fasternet_kernels fp32" in out
+        assert all(part.label in out for part in parts.find("t0"))
+    assert len(results.read(path)) == 10
 
 
 def test_a_process_that_fails_or_dies_says_why(monkeypatch, tmp_path):
