@@ -40,7 +40,6 @@ OURS = tuple(name for name in PROVIDERS if name.startswith("ours"))
 COMPARED = ("eager_channels_last", "onnxruntime", "openvino", "ours")
 RIVALS_PER_SESSION = 4  # beside one FasterNet: what a cut may lose, against what it costs to ready
 THREADS = (1, 2, 4, 8, 16)
-BUSY = 0.15  # processors: more than a quiet system's own housekeeping
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,17 +52,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     path = args.csv or (looked if args.quick else usual)
     try:
         if args.command == "report":
-            print(report.text(results.read(path)))
+            print(report.text(results.calmest(results.read(path))))
         elif args.command == "training":
             _measure_training(args, path)
         elif args.command == "plot":
-            for file in plot.draw(results.read(path), args.out or path.with_suffix("")):
+            for file in plot.draw(
+                results.calmest(results.read(path)), args.out or path.with_suffix("")
+            ):
                 print(file)
         elif args.command == "roofline":
             _roofline(args)
         elif args.command == "readme":
             newest = args.csv or results.newest_file() or path
-            pages.update(results.read(newest), args.out or results.ROOT)
+            pages.update(results.calmest(results.read(newest)), args.out or results.ROOT)
         else:
             _measure(args, path)
     except (ImportError, OSError, ValueError, session.WorkerError) as error:
@@ -303,7 +304,7 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
         run = args.resume or results.newest_run(results.read(path)) or run
     with Pool() as pool:
         busy = session.other_load(pool)
-    if busy is not None and busy > BUSY:
+    if busy is not None and busy > results.BUSY:
         print(f"Warning: other processes keep {busy:.1f} processors busy.", file=sys.stderr)
     weights = [spec.expected_seconds(args.quick) for spec in todo]
     minutes = max(1, round(sum(weights) / 60))
@@ -318,13 +319,17 @@ def _measure(args: argparse.Namespace, path: Path) -> None:
 
         def progress(spec: Spec, what: str, share: float) -> None:
             bar.set_postfix_str(what, refresh=False)
-            bar.update(before[spec] + share * expected[spec] - bar.n)
+            bar.update(max(0, before[spec] + share * expected[spec] - bar.n))  # again: it stays
 
         for spec, rows in session.measure(todo, path, run, progress, args.quick):
             tqdm.write(report.session_text(spec.title, rows))
     if args.command in ("goals", "parts"):
         text = report.text if args.command == "goals" else parts.text
-        print(f"\n{text([row for row in results.read(path) if row.run == run])}")
+        print(f"\n{text(_of_run(path, run))}")
+
+
+def _of_run(path: Path, run: str) -> list[results.Row]:
+    return results.calmest([row for row in results.read(path) if row.run == run])
 
 
 def _measure_training(args: argparse.Namespace, path: Path) -> None:
@@ -336,7 +341,7 @@ def _measure_training(args: argparse.Namespace, path: Path) -> None:
     for threads in args.threads or (None,):
         for measured in training.measure(path, run, work, providers, threads, quick=args.quick):
             print(training.session_text(*measured), flush=True)
-    print(report.text([row for row in results.read(path) if row.run == run]))
+    print(report.text(_of_run(path, run)))
 
 
 if __name__ == "__main__":

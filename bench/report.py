@@ -199,7 +199,7 @@ def session_text(title: str, rows: Sequence[Row]) -> str:
             )
         )
     load = next((row.other_load for row in rows if row.other_load is not None), None)
-    note = "" if load is None or load < 0.2 else f"   (others kept {load:.1f} processors busy)"
+    note = f"   (others kept {load:.1f} processors busy)" if results.disturbed(rows) else ""
     return f"\n{title}{note}\n{columns(lines)}"
 
 

@@ -25,7 +25,9 @@ __all__ = [
     "ROOT",
     "Row",
     "append",
+    "calmest",
     "default_path",
+    "disturbed",
     "fullest_run",
     "latest",
     "newest_file",
@@ -36,6 +38,7 @@ __all__ = [
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
+BUSY = 0.15  # processors: more than a quiet system's own housekeeping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,6 +178,31 @@ def _check_header(path: Path, columns: tuple[str, ...]) -> None:
     if header != columns:
         odd = sorted(set(header) ^ set(columns))
         raise ValueError(f"{path} has other columns ({', '.join(odd) or 'in another order'})")
+
+
+def disturbed(rows: Sequence[Row]) -> bool:
+    """Whether others kept processors busy while these rows of a session were measured."""
+    return _load(rows) > BUSY
+
+
+def calmest(rows: Sequence[Row]) -> list[Row]:
+    """The rows that count where a run measured the same work several times because others kept
+    processors busy: those of the session with the least other load, which is known whatever came
+    out."""
+    sessions: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        sessions.setdefault((row.run, row.session), []).append(row)
+    chosen: dict[tuple, tuple[str, str]] = {}
+    for name, session in sessions.items():
+        work = session[0].run, frozenset(row.key for row in session)
+        if work not in chosen or _load(session) < _load(sessions[chosen[work]]):
+            chosen[work] = name
+    kept = set(chosen.values())
+    return [row for row in rows if (row.run, row.session) in kept]
+
+
+def _load(rows: Sequence[Row]) -> float:
+    return max((row.other_load or 0.0 for row in rows), default=0.0)
 
 
 def latest(rows: Sequence[Row]) -> list[Row]:

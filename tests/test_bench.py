@@ -347,6 +347,60 @@ def test_a_run_is_resumed(monkeypatch, tmp_path):
     assert len(measure("r2")) == 3
 
 
+def test_a_disturbed_session_is_measured_again(monkeypatch, tmp_path):
+    """After all others, at most `TRIES` times, in a resumed run too; the calmest session counts."""
+    loads = {1: [0.5, 0.2, 0.4], 2: [0.0], 4: [0.3, 0.1]}
+    asked = []
+
+    class FakeSession:
+        def __init__(self, spec, pool, settings, run, name):
+            self.spec, self.run, self.name = spec, run, f"{name}-{len(asked)}"
+
+        def __call__(self, progress):
+            threads = self.spec.threads
+            load = loads[threads][asked.count(threads)]
+            asked.append(threads)
+            return [
+                row(p, 1 + load, threads=threads, run=self.run, session=self.name, other_load=load)
+                for _, p, _ in self.spec.contenders()
+            ]
+
+    monkeypatch.setattr(session, "Session", FakeSession)
+    path = tmp_path / "results.csv"
+    todo = [session.Spec(("fasternet_t0",), ("ours", "mnn"), 1, n) for n in loads]
+    runs = session.measure(todo, path, "r1", lambda *_: None)
+    for _ in range(4):
+        next(runs)
+    runs.close()
+    assert asked == [1, 2, 4, 1]
+    assert len(list(session.measure(todo, path, "r1", lambda *_: None))) == 2
+    assert asked == [1, 2, 4, 1, 4, 1]
+    counting = results.calmest(results.read(path))
+    assert [(r.threads, r.median_ms) for r in counting] == [
+        *[(2, 1.0)] * 2,
+        *[(1, 1.2)] * 2,
+        *[(4, 1.1)] * 2,
+    ]
+    loads[1] = [0.5]
+    asked.clear()
+    assert len(list(session.measure(todo[:1], path, "r2", lambda *_: None, quick=True))) == 1
+
+
+def test_calmest():
+    def of(load, **changes):
+        return [row(p, other_load=load, **changes) for p in ("ours", "mnn")]
+
+    first, again = of(0.4), of(0.3, session="r1/1")
+    beside = [*of(0.9, session="r1/2"), row("mnn", workload="mobilenetv2_100", session="r1/2")]
+    other_run = of(0.0, run="r2", session="r2/0")
+    rows = [*first, *again, *beside, *other_run]
+    assert results.calmest(rows) == [*again, *beside, *other_run]
+    assert results.calmest([*again, *of(0.3, session="r1/3")]) == again  # the first of equals
+    assert results.calmest([]) == []
+    assert results.disturbed(first) and not results.disturbed(other_run)
+    assert not results.disturbed([row(other_load=None)])
+
+
 def test_specs():
     def planned(*argv):
         return specs(_parser().parse_args(argv))
@@ -945,7 +999,7 @@ def test_pages_are_written_between_their_marks(tmp_path):
 def committed():
     """The rows of the newest CSV, and what they draw."""
     newest = results.newest_file()
-    rows = results.read(newest) if newest else []
+    rows = results.calmest(results.read(newest)) if newest else []
     return rows, plot.figures(rows) if rows else {}
 
 
