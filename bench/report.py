@@ -198,9 +198,13 @@ def session_text(title: str, rows: Sequence[Row]) -> str:
                 ratio,
             )
         )
-    load = next((row.other_load for row in rows if row.other_load is not None), None)
-    note = f"   (others kept {load:.1f} processors busy)" if results.disturbed(rows) else ""
-    return f"\n{title}{note}\n{columns(lines)}"
+    return f"\n{title}{load_note(rows)}\n{columns(lines)}"
+
+
+def load_note(rows: Sequence[Row]) -> str:
+    """Said behind the title of a session that others disturbed."""
+    load = results.other_load(rows)
+    return f"   (others kept {load:.1f} processors busy)" if results.disturbed(rows) else ""
 
 
 def columns(lines: Sequence[Sequence[str]]) -> str:

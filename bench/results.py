@@ -32,6 +32,7 @@ __all__ = [
     "latest",
     "newest_file",
     "newest_run",
+    "other_load",
     "provenance",
     "read",
 ]
@@ -182,26 +183,32 @@ def _check_header(path: Path, columns: tuple[str, ...]) -> None:
 
 def disturbed(rows: Sequence[Row]) -> bool:
     """Whether others kept processors busy while these rows of a session were measured."""
-    return _load(rows) > BUSY
+    return other_load(rows) > BUSY
 
 
 def calmest(rows: Sequence[Row]) -> list[Row]:
     """The rows that count where a run measured the same work several times because others kept
-    processors busy: those of the session with the least other load, which is known whatever came
-    out."""
+    processors busy: of the sessions in which the most providers have a number, those of the one
+    with the least other load, which is known whatever came out."""
+
+    def rank(session: list[Row]) -> tuple[int, float]:
+        return -sum(row.ok for row in session), other_load(session)
+
     sessions: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         sessions.setdefault((row.run, row.session), []).append(row)
     chosen: dict[tuple, tuple[str, str]] = {}
     for name, session in sessions.items():
         work = session[0].run, frozenset(row.key for row in session)
-        if work not in chosen or _load(session) < _load(sessions[chosen[work]]):
+        if work not in chosen or rank(session) < rank(sessions[chosen[work]]):
             chosen[work] = name
     kept = set(chosen.values())
     return [row for row in rows if (row.run, row.session) in kept]
 
 
-def _load(rows: Sequence[Row]) -> float:
+def other_load(rows: Sequence[Row]) -> float:
+    """The processors that others kept busy while these rows of a session were measured; 0 where
+    that is not known."""
     return max((row.other_load or 0.0 for row in rows), default=0.0)
 
 

@@ -239,7 +239,6 @@ class Pool:
     def __init__(self, folder: Path | None = None):
         self.folder = folder or CACHE / "logs"
         self.processes: dict[tuple[str, int, int], Process] = {}
-        self.used = 0.0  # processor time of those that were closed
 
     def get(self, provider: str, threads: int, index: int = 0) -> Process:
         """The process of that provider; `index` tells apart those of one stream each."""
@@ -256,18 +255,15 @@ class Pool:
             self._close(key)
 
     def _close(self, key: tuple[str, int, int]) -> None:
-        process = self.processes.pop(key)
-        with contextlib.suppress(OSError):
-            self.used += process.cpu_seconds()
-        process.close()
+        self.processes.pop(key).close()
 
     def cpu_seconds(self) -> float:
-        """Processor time of all of them, the closed ones and this process included."""
-        total = self.used + time.process_time()
+        """Processor time of all of them, those that have ended and this process included."""
+        alive = 0.0
         for process in self.processes.values():
             with contextlib.suppress(OSError):
-                total += process.cpu_seconds()
-        return total
+                alive += process.cpu_seconds() if process.alive else 0.0
+        return alive + sum(os.times()[:4])  # with that of children that have ended
 
     def __enter__(self) -> Pool:
         return self
@@ -619,8 +615,8 @@ def measure(
 ) -> Iterator[tuple[Spec, list[Row]]]:
     """Measures each spec and appends its rows to the CSV at once, so that a cut loses one session
     at most. Those whose rows the run already has are skipped. Where others kept processors busy
-    meanwhile, it is measured again after all others, at most `TRIES` times, if not quick; which
-    rows count is up to `results.calmest`.
+    meanwhile, it is measured again after all others, `TRIES` times in all at most, if not quick;
+    which rows count is up to `results.calmest`.
 
     Args:
         specs: in the order to measure; processes are kept while the threads stay the same.
@@ -640,8 +636,11 @@ def measure(
         for attempt in range(1 if quick else TRIES):
             for index, spec in enumerate(specs):
                 wanted = spec.keys()
-                before = [s for s in sessions.values() if wanted <= {row.key for row in s}]
-                if len(before) > attempt or not all(map(results.disturbed, before)):
+                keys = {name: {row.key for row in s} for name, s in sessions.items()}
+                before = [name for name in sessions if wanted <= keys[name]]
+                if len(before) > attempt or any(
+                    keys[name] > wanted or not results.disturbed(sessions[name]) for name in before
+                ):
                     if attempt == 0:
                         progress(spec, "measured before", 1.0)
                     continue

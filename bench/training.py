@@ -166,8 +166,8 @@ def measure(
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Iterator[tuple[str, list[Row], dict[str, int]]]:
     """Measures each piece of work and appends its rows to the CSV. Where others kept processors
-    busy meanwhile, it is measured again, at most `session.TRIES` times, if not quick; which rows
-    count is up to `results.calmest`.
+    busy meanwhile, it is measured again, `session.TRIES` times in all at most, if not quick; which
+    rows count is up to `results.calmest`.
 
     Args:
         path: of the CSV.
@@ -199,7 +199,7 @@ def measure(
             continue
         common = {
             "run": run,
-            "session": f"{run}/training {i}-{attempt}",
+            "session": f"{run}/training {i}-{threads}-{attempt}",
             "kind": "training",
             "workload": workload(network),
             "act": workloads.find(f"fasternet_{network}").act,
@@ -298,7 +298,7 @@ def _round_medians(taken: timing.Timing) -> tuple[float, ...]:
 
 def session_text(title: str, rows: Sequence[Row], saved: dict[str, int]) -> str:
     """A session's rows, the fastest first, with what each saves for backward."""
-    lines = [f"\n{title}"]
+    lines = [f"\n{title}{report.load_note(rows)}"]
     for row in sorted(rows, key=lambda r: r.median_ms or float("inf")):
         name = f"{LABELS[row.provider]:24}"
         if not row.ok:

@@ -381,6 +381,9 @@ def test_a_disturbed_session_is_measured_again(monkeypatch, tmp_path):
         *[(1, 1.2)] * 2,
         *[(4, 1.1)] * 2,
     ]
+    narrow = [session.Spec(("fasternet_t0",), ("ours",), 1, 1)]
+    results.append(path, [row(p, run="r3", other_load=0.9) for p in ("ours", "mnn")])
+    assert list(session.measure(narrow, path, "r3", lambda *_: None)) == []
     loads[1] = [0.5]
     asked.clear()
     assert len(list(session.measure(todo[:1], path, "r2", lambda *_: None, quick=True))) == 1
@@ -396,6 +399,9 @@ def test_calmest():
     rows = [*first, *again, *beside, *other_run]
     assert results.calmest(rows) == [*again, *beside, *other_run]
     assert results.calmest([*again, *of(0.3, session="r1/3")]) == again  # the first of equals
+    died = [row("ours", other_load=0.0, session="r1/4"), failed("mnn", "died")]
+    died[1] = dataclasses.replace(died[1], session="r1/4")
+    assert results.calmest([*again, *died]) == again  # fewer providers have a number
     assert results.calmest([]) == []
     assert results.disturbed(first) and not results.disturbed(other_run)
     assert not results.disturbed([row(other_load=None)])

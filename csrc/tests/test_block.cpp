@@ -163,7 +163,8 @@ void test_type() {
   test_non_finite<T>(wide);
 }
 
-// Many weights for few pixels: threads share columns instead of tiles, of 2 threads, of 5 or of 8 as shapes have it.
+// Many weights for few pixels: threads share columns instead of tiles, of 2 threads, of 5 or of 8 as shapes and the
+// number of hidden channels have it.
 template <class T>
 void test_columns() {
   for (const Shape& shape :
