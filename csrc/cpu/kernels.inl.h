@@ -13,8 +13,8 @@
 // u, h and the partial sums of y are scratch of one thread and stay in its L2 cache; x is read from memory once, but
 // for the first c_partial channels of the two rows around a tile, and y is written once: 2 C + 2 C_p / rows elements of
 // traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112 pixels give each row group a dozen visits per panel
-// while h (112 x 256 floats) stays at 112 KB. Where threads would have few pixels each and many
-// weights to read, they share the columns of the products instead, for all pixels.
+// while h (112 x 256 floats) stays at 112 KB. Where threads would have few pixels each and many weights to read, they
+// share the columns of the products instead, for all pixels.
 //
 // All arithmetic goes through one micro-kernel, `micro`: kRows x kVecs accumulators over a list of K segments. An
 // element's sum runs over K in one order whatever the tile, so tiling and threads never change the bits: in order
@@ -45,7 +45,8 @@ static_assert(kHiddenChunk == kDepth, "a block adds up the same passes whether t
 constexpr int64_t kHeadDepth = 64;  // K per pass of the head: few rows, so passes are cheap and the logits more exact
 // Threads share columns where each would have fewer pixels than the first and the weights are at least the second. On 2
 // threads, with 24 pixels each, that is faster at the width of every network's last stage, and with 49 it is not
-// (`python -m bench blocks --only stage4 --threads 2 --batch 1,2`); fewer weights cost less than the further forks.
+// (builds with one rule and the other, on the chains of `python -m bench blocks --only stage4 --threads 2 --batch
+// 1,2`); fewer weights cost less than the further forks.
 constexpr int64_t kFewPixels = 36;
 constexpr int64_t kManyWeights = 64 << 10;
 constexpr int64_t kPiecePanels = 4;  // panels of columns in a piece, where threads have several
