@@ -38,9 +38,11 @@ namespace FASTERNET_ISA_NAMESPACE {
 #include "vec.h"
 
 constexpr int64_t kTilePixels = 112;
-constexpr int64_t kWholeRows = 160;    // wider images are cut into row segments of about kTilePixels
-constexpr int64_t kDepth = 256;        // K per pass: a panel of 256 cache lines is 16 KB and stays in L1
-constexpr int64_t kHiddenChunk = 256;  // hidden channels per pass
+constexpr int64_t kWholeRows = 160;  // wider images are cut into row segments of about kTilePixels
+// K per pass: the weights of a tile's columns, 16 KB in one panel of 256 cache lines or at most 36 KB in three of 192,
+// stay in L1 or close to it while the rows go by.
+constexpr int64_t kDepth = FASTERNET_PANELS == 1 ? 256 : 192;
+constexpr int64_t kHiddenChunk = kDepth;  // hidden channels per pass
 static_assert(kHiddenChunk == kDepth, "a block adds up the same passes whether threads share its tiles or its columns");
 constexpr int64_t kHeadDepth = 64;  // K per pass of the head: few rows, so passes are cheap and the logits more exact
 // Threads share columns where each would have fewer pixels than the first and the weights are at least the second. On 2
@@ -51,9 +53,14 @@ constexpr int64_t kFewPixels = 36;
 constexpr int64_t kManyWeights = 64 << 10;
 constexpr int64_t kPiecePanels = 4;  // panels of columns in a piece, where threads have several
 constexpr int kMaxSegments = 4;
-constexpr int kUnroll = 4;  // steps of K per turn of the inner loop
-constexpr int kPrefetchLines = 2;
-constexpr int kMaxRows = FASTERNET_ROWS;
+// Steps of K per turn of the inner loop. With vectors of 64 bytes a step is some 40 instructions, and two threads of a
+// core that share its decoded instructions run shorter loops faster.
+constexpr int kUnroll = FASTERNET_VECTOR_BYTES == 64 ? 2 : 4;
+constexpr int kPrefetchLines = kUnroll / 2;
+// The most rows of a tile: of three panels, and of fewer.
+#ifndef FASTERNET_ROWS_OF_3
+#define FASTERNET_ROWS_OF_3 FASTERNET_ROWS
+#endif
 #ifdef FASTERNET_FMA_BY_LANE
 constexpr bool kFmaByLane = true;
 #else
@@ -137,6 +144,29 @@ inline __attribute__((always_inline)) void multiply_add(V& acc, const V& w, cons
 #endif
 }
 
+// acc += w * *value. In AVX-512 that is one instruction, where an FMA of two registers needs a load before it.
+#if FASTERNET_VECTOR_BYTES == 64
+constexpr bool kFmaFromMemory = true;
+template <class V, class T>
+inline __attribute__((always_inline)) void multiply_add_from(V& acc, const V& w, const T* value) {
+  if constexpr (Same<T, float>::value) {
+    if constexpr (sizeof(V) == 64) {
+      asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*value));
+    } else {
+      asm("vfmadd231ps %2%{1to8%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*value));
+    }
+  } else {
+    multiply_add(acc, w, *value - V{});
+  }
+}
+#else
+constexpr bool kFmaFromMemory = false;
+template <class V, class T>
+inline void multiply_add_from(V& acc, const V& w, const T* value) {
+  multiply_add(acc, w, *value - V{});
+}
+#endif
+
 // kLanes steps of K where an FMA can multiply by one lane of a register: one load brings kLanes values of a row.
 template <class V, class T, int kVecsPerPanel, int kRows, int kVecs, int kBases>
 inline __attribute__((always_inline)) void steps_by_lane(V (&acc)[kRows][kVecs], const char* const (&base)[kBases],
@@ -173,10 +203,20 @@ void micro(const Micro<T>& m) {
   }
   const T* b = m.b;
   const int64_t b_panel = m.b_panel;
+  // With several panels, a pointer to each: GCC would otherwise keep the address of each load in a register.
+  constexpr int kPanels = kVecs / kVecsPerPanel;
+  const T* panels[kPanels];
+  FASTERNET_UNROLL
+  for (int i = 0; i < kPanels; ++i) {
+    panels[i] = b + i * b_panel;
+    if constexpr (kPanels > 1) asm("" : "+r"(panels[i]));
+  }
   const char* prefetch = m.prefetch;
   for (int s = 0; s < m.n_segments; ++s) {
     if (!m.a[s]) {
       b += m.k[s] * kVecsPerPanel * kLanes;
+      FASTERNET_UNROLL
+      for (int i = 0; i < kPanels; ++i) panels[i] += m.k[s] * kVecsPerPanel * kLanes;
       continue;
     }
     // One pointer for every three rows: x86 addresses base, base + stride and base + 2 * stride without arithmetic.
@@ -189,22 +229,29 @@ void micro(const Micro<T>& m) {
       V w[kVecs];
       FASTERNET_UNROLL
       for (int j = 0; j < kVecs; ++j) {
-        w[j] = load<V>(b + (j / kVecsPerPanel) * b_panel + (j % kVecsPerPanel + u * kVecsPerPanel) * kLanes);
+        w[j] = load<V>(panels[j / kVecsPerPanel] + (j % kVecsPerPanel + u * kVecsPerPanel) * kLanes);
       }
       FASTERNET_UNROLL
       for (int r = 0; r < kRows; ++r) {
-        const T value = reinterpret_cast<const T*>(base[r / 3] + (r % 3) * stride)[u];
+        const T* const value = reinterpret_cast<const T*>(base[r / 3] + (r % 3) * stride) + u;
+        // From memory in every third row, whose address needs no index: fewer instructions, which is what counts where
+        // two threads share a core, and not so many loads that they are what it waits for.
+        const bool from_memory = kFmaFromMemory && r % 3 == 0;
+        const V factor = from_memory ? V{} : *value - V{};
         FASTERNET_UNROLL
-        for (int j = 0; j < kVecs; ++j) multiply_add(acc[r][j], w[j], value - V{});
+        for (int j = 0; j < kVecs; ++j) {
+          from_memory ? multiply_add_from(acc[r][j], w[j], value) : multiply_add(acc[r][j], w[j], factor);
+        }
       }
     };
     const auto advance = [&](int steps) __attribute__((always_inline)) {
       b += steps * kVecsPerPanel * kLanes;
       FASTERNET_UNROLL
+      for (int i = 0; i < kPanels; ++i) panels[i] += steps * kVecsPerPanel * kLanes;
+      FASTERNET_UNROLL
       for (int i = 0; i < kBases; ++i) base[i] += steps * sizeof(T);
     };
-    int64_t k = m.k[s];
-    for (; k >= kUnroll; k -= kUnroll) {
+    for (int64_t turns = m.k[s] / kUnroll; turns > 0; --turns) {
       FASTERNET_UNROLL
       for (int i = 0; i < kPrefetchLines; ++i) __builtin_prefetch(prefetch + i * kPanelBytes, 0, 2);
       prefetch += kPrefetchLines * kPanelBytes;
@@ -217,7 +264,7 @@ void micro(const Micro<T>& m) {
       }
       advance(kUnroll);
     }
-    for (; k > 0; --k) {
+    for (int64_t k = m.k[s] % kUnroll; k > 0; --k) {
       step(0);
       advance(1);
     }
@@ -258,26 +305,59 @@ void micro(const Micro<T>& m) {
   }
 }
 
-// The micro-kernels of one column width for 1 .. kMaxRows rows.
-template <class T, int kBytes, int kVecs, int kVecsPerPanel>
+// The micro-kernels of one column width for 1 .. kMost rows.
+template <class T, int kBytes, int kVecs, int kVecsPerPanel, int kMost>
 struct MicroTable {
   using Function = void (*)(const Micro<T>&);
-  Function rows[kMaxRows + 1];
+  Function rows[kMost + 1];
   constexpr MicroTable() : rows() { fill<1>(); }
   template <int kRows>
   constexpr void fill() {
     rows[kRows] = micro<T, kBytes, kRows, kVecs, kVecsPerPanel>;
-    if constexpr (kRows < kMaxRows) fill<kRows + 1>();
+    if constexpr (kRows < kMost) fill<kRows + 1>();
   }
 };
+template <class T, int kPanels>
+constexpr MicroTable<T, FASTERNET_VECTOR_BYTES, kPanels * kVectorsPerPanel, kVectorsPerPanel,
+                     kPanels == 3 ? FASTERNET_ROWS_OF_3 : FASTERNET_ROWS>
+    kMicro{};
 constexpr int kHalfBytes = FASTERNET_VECTOR_BYTES < kPanelBytes / 2 ? FASTERNET_VECTOR_BYTES : kPanelBytes / 2;
 constexpr int kHalfVecs = kPanelBytes / 2 / kHalfBytes;
 template <class T>
-constexpr MicroTable<T, FASTERNET_VECTOR_BYTES, FASTERNET_PANELS * kVectorsPerPanel, kVectorsPerPanel> kWide{};
+constexpr MicroTable<T, kHalfBytes, kHalfVecs, kHalfVecs, FASTERNET_ROWS> kHalf{};
+
+// A tile of columns: the first of those that `left` columns are cut into, of 1 to FASTERNET_PANELS panels or half a
+// panel. Where there are three, four panels are two tiles of two and not one of three and one of one.
 template <class T>
-constexpr MicroTable<T, FASTERNET_VECTOR_BYTES, kVectorsPerPanel, kVectorsPerPanel> kPanel{};
-template <class T>
-constexpr MicroTable<T, kHalfBytes, kHalfVecs, kHalfVecs> kHalf{};
+struct ColumnTile {
+  int64_t width;
+  int most;  // rows
+  void (*const* rows)(const Micro<T>&);
+
+  explicit ColumnTile(int64_t left) {
+    constexpr int64_t kWidth = panel_width<T>();
+    if (left < kWidth) {
+      *this = {kWidth / 2, FASTERNET_ROWS, kHalf<T>.rows};
+      return;
+    }
+    if constexpr (FASTERNET_PANELS == 3) {
+      const int64_t panels = left / kWidth;
+      if (panels == 3 || panels > 4) {
+        *this = {3 * kWidth, FASTERNET_ROWS_OF_3, kMicro<T, 3>.rows};
+        return;
+      }
+      if (panels > 1) {
+        *this = {2 * kWidth, FASTERNET_ROWS, kMicro<T, 2>.rows};
+        return;
+      }
+    }
+    *this = {kWidth, FASTERNET_ROWS, kMicro<T, 1>.rows};
+  }
+
+ private:
+  ColumnTile(int64_t width_, int most_, void (*const* rows_)(const Micro<T>&))
+      : width(width_), most(most_), rows(rows_) {}
+};
 
 // ---- Activation of a finished tile, while it is in L1 ---------------------------------------------------------------
 
@@ -412,13 +492,11 @@ inline void combine(const S* from, const A* add, D* to, int64_t columns) {
 
 // ---- GEMM of a tile -------------------------------------------------------------------------------------------------
 
-// Up to kMaxRows consecutive rows of the output, whose A rows are evenly strided in every segment; a segment without A
-// is zeros.
+// Consecutive rows of the output, whose A rows are evenly strided in every segment; a segment without A is zeros.
 template <class T>
-struct RowGroup {
+struct Run {
   const T* a[kMaxSegments];
-  int64_t row;
-  int rows;
+  int64_t row, rows;
 };
 
 // A packed weight: see fasternet_cpu.h.
@@ -466,8 +544,9 @@ struct Ahead {
 
 template <class T>
 struct Gemm {
-  const RowGroup<T>* groups;
-  int64_t n_groups;
+  Run<T> all;          // the rows, where they are one run
+  const Run<T>* runs;  // where they are several; null: `all`
+  int64_t n_runs;
   int n_segments;
   int64_t segment_k[kMaxSegments];
   int64_t segment_stride[kMaxSegments];
@@ -490,9 +569,16 @@ struct Gemm {
     next = w.panel(column) + k_begin * w.lanes(column);
     next_panel = w.panel_stride();
   }
+  // The A operand is one segment: `rows` rows of k, `stride` elements apart.
+  void set_a(const T* a, int64_t stride, int64_t k, int64_t rows) {
+    n_segments = 1;
+    segment_k[0] = k;
+    segment_stride[0] = stride;
+    all = {{a}, 0, rows};
+  }
 };
 
-// Loops: depth, then column tiles, then row groups, so that a panel's kDepth rows are read from L1 by all row groups.
+// Loops: depth, then column tiles, then groups of rows, so that a panel's kDepth rows are read from L1 by all groups.
 template <class T>
 void gemm(const Gemm<T>& g) {
   constexpr int64_t kWidth = panel_width<T>();
@@ -501,10 +587,12 @@ void gemm(const Gemm<T>& g) {
   // Passes of whole panels, as callers cut K into chunks, so that both add up in the same order.
   const int64_t pass_depth = round_up(ceil_div(depth, ceil_div(depth, g.depth)), kWidth);
   const int64_t passes = ceil_div(depth, pass_depth);
+  const Run<T>* const runs = g.runs ? g.runs : &g.all;
+  const int64_t n_runs = g.runs ? g.n_runs : 1;
   const bool late_act = g.act != Act::kIdentity && g.act != Act::kRelu;
   for (int64_t pass = 0; pass < passes; ++pass) {
     const int64_t k0 = pass * pass_depth, k1 = clip(k0 + pass_depth, depth);
-    const bool first = pass == 0, last = pass == passes - 1;
+    const bool first_pass = pass == 0, last = pass == passes - 1;
     // The part of each segment inside [k0, k1).
     Micro<T> m;
     int source[kMaxSegments];
@@ -524,25 +612,19 @@ void gemm(const Gemm<T>& g) {
       begin = end;
     }
     m.b_panel = g.b->panel_stride();
-    m.c_in_stride = first ? g.c_in_stride : g.c_stride;
+    m.c_in_stride = first_pass ? g.c_in_stride : g.c_stride;
     m.c_stride = g.c_stride;
     m.relu = last && g.act == Act::kRelu;
     m.residual_stride = g.residual_stride;
     for (int64_t n = g.n_begin; n < g.n_end;) {
-      const int64_t left = g.n_end - n;
-      const auto* table = kHalf<T>.rows;
-      int64_t width = kWidth / 2;
-      if (left >= kWidth * FASTERNET_PANELS) {
-        table = kWide<T>.rows;
-        width = kWidth * FASTERNET_PANELS;
-      } else if (left >= kWidth) {
-        table = kPanel<T>.rows;
-        width = kWidth;
-      }
+      const ColumnTile<T> tile(g.n_end - n);
+      const int64_t width = tile.width;
       m.b = g.b->panel(n) + (g.k_begin + k0) * g.b->lanes(n);
       m.shift = last && g.shift ? g.b->shift() + n : nullptr;
       const int64_t column = n - g.n_begin;
-      // The weights read next, which the row groups fetch into L2 in turn: `lines` by each, of one panel after the
+      int64_t groups = 0;
+      for (int64_t i = 0; i < n_runs; ++i) groups += ceil_div(runs[i].rows, tile.most);
+      // The weights read next, which the groups of rows fetch into L2 in turn: `lines` by each, of one panel after the
       // other.
       const bool same_pass = n + width < g.n_end;
       const int64_t next_n = same_pass ? n + width : g.n_begin;
@@ -550,47 +632,41 @@ void gemm(const Gemm<T>& g) {
       const T* next = same_pass || !last ? g.b->panel(next_n) + next_k * g.b->lanes(next_n) : g.next;
       const int64_t next_panel = same_pass || !last ? g.b->panel_stride() : g.next_panel;
       const int64_t lines = (k1 - k0) / kUnroll * kPrefetchLines, per_panel = ceil_div(k1 - k0, lines + 1);
-      int64_t panel = next ? 0 : FASTERNET_PANELS, part = 0;  // what the next row group fetches
-      if (next && g.n_groups < per_panel * FASTERNET_PANELS) {
+      int64_t panel = next ? 0 : FASTERNET_PANELS, part = 0;  // what the next group fetches
+      if (next && groups < per_panel * FASTERNET_PANELS) {
         for (; panel < FASTERNET_PANELS; ++panel) {
           for (int64_t k = 0; k < k1 - k0; ++k) __builtin_prefetch(next + panel * next_panel + k * kWidth, 0, 2);
         }
       }
-      for (int64_t i = 0; i < g.n_groups; ++i) {
-        const RowGroup<T>& group = g.groups[i];
-        m.prefetch = g.ahead ? g.ahead->take(lines * kPanelBytes) : nullptr;
-        if (!m.prefetch) {
-          m.prefetch = reinterpret_cast<const char*>(
-              panel < FASTERNET_PANELS ? next + panel * next_panel + part * lines * kWidth : m.b);
-          if (++part == per_panel) part = 0, ++panel;
+      for (int64_t i = 0; i < n_runs; ++i) {
+        const Run<T>& run = runs[i];
+        // Groups of nearly equal size.
+        const int64_t count = ceil_div(run.rows, tile.most);
+        const int64_t least = count ? run.rows / count : 0, larger = run.rows - count * least;
+        for (int64_t group = 0, first = 0; group < count; ++group) {
+          const int64_t rows = least + (group < larger);
+          m.prefetch = g.ahead ? g.ahead->take(lines * kPanelBytes) : nullptr;
+          if (!m.prefetch) {
+            m.prefetch = reinterpret_cast<const char*>(
+                panel < FASTERNET_PANELS ? next + panel * next_panel + part * lines * kWidth : m.b);
+            if (++part == per_panel) part = 0, ++panel;
+          }
+          for (int s = 0; s < m.n_segments; ++s) {
+            const T* const a = run.a[source[s]];
+            m.a[s] = a ? a + first * m.a_stride[s] + offset[s] : nullptr;
+          }
+          const int64_t row = run.row + first;
+          m.c = g.c + row * g.c_stride + column;
+          m.c_in = !first_pass ? m.c : g.c_in ? g.c_in + row * g.c_in_stride + column : nullptr;
+          m.residual = last && g.residual ? g.residual + row * g.residual_stride + column : nullptr;
+          tile.rows[rows](m);
+          if (last && late_act) activate(g.act, m.c, g.c_stride, rows, width);
+          first += rows;
         }
-        for (int s = 0; s < m.n_segments; ++s) {
-          const T* const a = group.a[source[s]];
-          m.a[s] = a ? a + offset[s] : nullptr;
-        }
-        m.c = g.c + group.row * g.c_stride + column;
-        m.c_in = !first ? m.c : g.c_in ? g.c_in + group.row * g.c_in_stride + column : nullptr;
-        m.residual = last && g.residual ? g.residual + group.row * g.residual_stride + column : nullptr;
-        table[group.rows](m);
-        if (last && late_act) activate(g.act, m.c, g.c_stride, group.rows, width);
       }
       n += width;
     }
   }
-}
-
-// Cuts `rows` rows that start at row `row` into groups of nearly equal size. Returns the number of groups written.
-template <class T>
-int64_t add_groups(RowGroup<T>* groups, int64_t row, int64_t rows, int n_segments, const T* const* a,
-                   const int64_t* stride) {
-  const int64_t n = ceil_div(rows, kMaxRows);
-  for (int64_t i = 0; i < n; ++i) {
-    const int64_t begin = i * rows / n, end = (i + 1) * rows / n;
-    groups[i].row = row + begin;
-    groups[i].rows = static_cast<int>(end - begin);
-    for (int s = 0; s < n_segments; ++s) groups[i].a[s] = a[s] ? a[s] + begin * stride[s] : nullptr;
-  }
-  return n;
 }
 
 // ---- Tiles ----------------------------------------------------------------------------------------------------------
@@ -626,9 +702,6 @@ struct Tiling {
   int64_t max_rows() const { return segments > 1 ? 1 : tiles ? ceil_div(rows, tiles) : 0; }
   int64_t max_columns() const { return ceil_div(width, segments); }
   int64_t max_pixels() const { return max_rows() * max_columns(); }
-  int64_t max_groups() const {
-    return max_rows() * ceil_div(max_columns() + 2, kMaxRows) + ceil_div(max_pixels(), kMaxRows);
-  }
 };
 
 // Elements between the rows of a scratch matrix of `columns` columns: a cache line more where rows a power of two apart
@@ -767,7 +840,6 @@ struct WinogradTile {
   int64_t c_partial;
   const T* packed;  // null: not used; else 24 packed weights
   T *inputs, *products;
-  RowGroup<T>* groups;
   static constexpr int kProducts = kWinogradProducts;
 
   int64_t stride() const { return spread<T>(c_partial); }
@@ -778,7 +850,6 @@ struct WinogradTile {
     const int64_t patches = packed ? max_patches(tiling) : 0;
     inputs = carver->take<T>(kProducts * patches * stride());
     products = carver->take<T>(kProducts * patches * stride());
-    groups = carver->take<RowGroup<T>>(ceil_div(patches, kMaxRows));
   }
 
   // f(row, column, patch) of every patch with outputs in the tile, by the row and column of its first output.
@@ -865,13 +936,8 @@ struct WinogradTile {
     const int64_t weight = packed_elements(c_partial, c_partial, sizeof(T));
     for (int p = 0; p < kProducts; ++p) {
       const Packed<T> w(packed + p * weight, c_partial, c_partial), after(w.next(), c_partial, c_partial);
-      const T* const a[1] = {inputs + p * matrix};
       Gemm<T> g = {};
-      g.n_segments = 1;
-      g.segment_k[0] = c_partial;
-      g.segment_stride[0] = stride();
-      g.groups = groups;
-      g.n_groups = add_groups<T>(groups, 0, patches, 1, a, g.segment_stride);
+      g.set_a(inputs + p * matrix, stride(), c_partial, patches);
       g.b = &w;
       g.n_end = w.n_padded;
       g.c = products + p * matrix;
@@ -899,7 +965,7 @@ struct PConvTile {
   Packed<T> w;               // 3 c_out outputs of depth 3 c_partial
   int64_t u_stride, sums_stride;
   T *rows, *sums, *u;  // rows: of x, converted where A cannot be x itself
-  RowGroup<T>* groups;
+  Run<T>* runs;
   WinogradTile<T> winograd;
 
   PConvTile(const void* packed, int64_t c_partial_) : PConvTile(packed, c_partial_, c_partial_) {}
@@ -911,7 +977,7 @@ struct PConvTile {
   // Allows the fast tier, whose weights are `packed`.
   void allow_fast(const T* packed, const Image<S>& x, int64_t height, int64_t width) {
     const bool can = Same<S, float>::value && x.channel_stride == 1;
-    if (can && fast_tier_pays(c_partial, height, width)) winograd = {c_partial, packed, nullptr, nullptr, nullptr};
+    if (can && fast_tier_pays(c_partial, height, width)) winograd = {c_partial, packed, nullptr, nullptr};
   }
   // A product has a row for eight outputs: with the direct method's tiles it would have too few to pay for its weights.
   int64_t tile_pixels() const { return winograd.packed ? 2 * kTilePixels : kTilePixels; }
@@ -922,7 +988,7 @@ struct PConvTile {
     rows = carver->take<T>(copies(x) ? pixels * c_partial + 2 * columns * c_partial : 0);
     sums = carver->take<T>(winograd.packed ? 0 : pixels * sums_stride + panel_width<T>());
     u = carver->take<T>(tiling.max_pixels() * u_stride);
-    groups = carver->take<RowGroup<T>>(tiling.max_groups());
+    runs = carver->take<Run<T>>(tiling.max_rows());
   }
 
   // The PConv of tile t of x into u; `then` is the weight read after it, `ahead` what is fetched meanwhile.
@@ -949,20 +1015,20 @@ struct PConvTile {
       return rows + (row - first) * columns * c_partial;
     };
     Gemm<T> g = {};
-    g.groups = groups;
+    g.runs = runs;
     g.n_segments = 3;
     for (int s = 0; s < 3; ++s) {
       g.segment_k[s] = c_partial;
       g.segment_stride[s] = stride;
     }
-    // Rows inside an image follow each other at one stride, so they are cut into groups together.
+    // Rows inside an image follow each other at one stride: they are one run.
     for (int64_t row = t.row0; row < t.row1;) {
       const int64_t h = row % height;
       const bool inside = rows_join && h > 0 && h + 1 < height;
       const int64_t rows_left = inside ? clip(t.row1 - row, height - 1 - h) : 1;
-      const T* const a[3] = {h > 0 ? at(row - 1) : nullptr, at(row), h + 1 < height ? at(row + 1) : nullptr};
-      g.n_groups +=
-          add_groups<T>(groups + g.n_groups, (row - t.row0) * columns, rows_left * columns, 3, a, g.segment_stride);
+      runs[g.n_runs++] = {{h > 0 ? at(row - 1) : nullptr, at(row), h + 1 < height ? at(row + 1) : nullptr},
+                          (row - t.row0) * columns,
+                          rows_left * columns};
       row += rows_left;
     }
     g.b = &w;
@@ -1062,17 +1128,14 @@ void pconv3x3_in_place(const PConv3x3& args, const ParallelFor& parallel) {
   const int64_t u_stride = padded_n(c_partial, sizeof(T)), sums_stride = spread<T>(w.n_padded);
   parallel_for(parallel, runs, [&](int64_t begin, int64_t end) {
     T *window, *sums, *u;
-    RowGroup<T>* groups;
     Carver carver;
     for (int round = 0; round < 2; ++round) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
       window = carver.take<T>(3 * row_size);
       sums = carver.take<T>(width * sums_stride + panel_width<T>());
       u = carver.take<T>(width * u_stride);
-      groups = carver.take<RowGroup<T>>(ceil_div(width, kMaxRows));
     }
     Gemm<T> g = {};
-    g.groups = groups;
     g.n_segments = 3;
     for (int s = 0; s < 3; ++s) g.segment_k[s] = g.segment_stride[s] = c_partial;
     g.b = &w;
@@ -1088,8 +1151,7 @@ void pconv3x3_in_place(const PConv3x3& args, const ParallelFor& parallel) {
         if (row + 1 < row1) load_row(x, height, row + 1, 0, width, c_partial, copy_of(row + 1));
         const T* const above = row > row0 ? copy_of(row - 1) : outside + 2 * run * row_size;
         const T* const below = row + 1 < row1 ? copy_of(row + 1) : outside + (2 * run + 1) * row_size;
-        const T* const a[3] = {h > 0 ? above : nullptr, copy_of(row), h + 1 < height ? below : nullptr};
-        g.n_groups = add_groups<T>(groups, 0, width, 3, a, g.segment_stride);
+        g.all = {{h > 0 ? above : nullptr, copy_of(row), h + 1 < height ? below : nullptr}, 0, width};
         gemm(g);
         add_columns(sums, sums_stride, width, false, false, c_partial, u, u_stride);
         store_partial<S, T>(u, u_stride, width, c_partial, y + row / height * x.batch_stride + h * x.row_stride,
@@ -1124,7 +1186,7 @@ void store_rows(const T* values, int64_t stride, int64_t rows, int64_t channels,
   }
 }
 
-// The A operand [u | x[:, c_partial:]] of some pixels as row groups of two segments.
+// The A operand [u | x[:, c_partial:]] of some pixels as rows of two segments.
 template <class S, class T>
 struct MixedRows {
   int64_t c_partial, channels, u_stride;
@@ -1141,22 +1203,18 @@ struct MixedRows {
                     rest + pixel * rest_stride(), rest_stride());
   }
   // After load.
-  void fill(Gemm<T>* g, RowGroup<T>* groups, const T* u, const S* x, int64_t pixel_stride, int64_t pixels) const {
-    const T* a[2] = {u, nullptr};
-    int64_t stride[2] = {u_stride, pixel_stride};
-    if (must_copy<S, T>(pixel_stride)) {
-      a[1] = rest;
-      stride[1] = rest_stride();
-    } else if constexpr (Same<S, T>::value) {
-      a[1] = x + c_partial;
-    }
-    g->n_segments = channels > c_partial ? 2 : 1;
-    g->segment_k[0] = c_partial;
+  void fill(Gemm<T>* g, const T* u, const S* x, int64_t pixel_stride, int64_t pixels) const {
+    g->set_a(u, u_stride, c_partial, pixels);
+    if (channels == c_partial) return;
+    g->n_segments = 2;
     g->segment_k[1] = channels - c_partial;
-    g->segment_stride[0] = stride[0];
-    g->segment_stride[1] = stride[1];
-    g->groups = groups;
-    g->n_groups = add_groups<T>(groups, 0, pixels, g->n_segments, a, stride);
+    if (must_copy<S, T>(pixel_stride)) {
+      g->all.a[1] = rest;
+      g->segment_stride[1] = rest_stride();
+    } else if constexpr (Same<S, T>::value) {
+      g->all.a[1] = x + c_partial;
+      g->segment_stride[1] = pixel_stride;
+    }
   }
 };
 
@@ -1205,7 +1263,6 @@ struct AllRows {
   int64_t height, pixels;
   MixedRows<S, T> mixed;
   T* u = nullptr;
-  RowGroup<T>* groups = nullptr;
 
   AllRows(const Image<S>& x_, const Tiling& tiling_, int64_t height_, int64_t channels, const PConvTile<S, T>& pconv)
       : x(&x_),
@@ -1213,11 +1270,9 @@ struct AllRows {
         height(height_),
         pixels(tiling_.rows * tiling_.width),
         mixed{pconv.c_partial, channels, pconv.u_stride} {}
-  int64_t max_groups() const { return ceil_div(pixels, kMaxRows); }
   void carve(Carver* carver) {
     u = carver->take<T>(pixels * mixed.u_stride);
     mixed.carve(carver, x->pixel_stride, pixels);
-    groups = carver->take<RowGroup<T>>(max_groups());
   }
   void compute(const PConvTile<S, T>& pconv_of_tiles, const ParallelFor& parallel) const {
     parallel_for(parallel, tiling->tiles, [&](int64_t begin, int64_t end) {
@@ -1236,7 +1291,7 @@ struct AllRows {
       }
     });
   }
-  void fill(Gemm<T>* g) const { mixed.fill(g, groups, u, x->data, x->pixel_stride, pixels); }
+  void fill(Gemm<T>* g) const { mixed.fill(g, u, x->data, x->pixel_stride, pixels); }
 };
 
 template <class S, class T>
@@ -1286,7 +1341,6 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
   const int64_t chunk = chunk_width<T>(w_pw.n_padded, kHiddenChunk);
   parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
     T* out;
-    RowGroup<T>* groups;
     PConvTile<S, T> pconv = pconv_of_tiles;
     MixedRows<S, T> mixed = {args.c_partial, args.channels, pconv.u_stride};
     Carver carver;
@@ -1295,7 +1349,6 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
       pconv.carve(&carver, x, tiling);
       out = carver.take<T>(direct ? 0 : tiling.max_pixels() * chunk);
       mixed.carve(&carver, args.x_pixel_stride, tiling.max_pixels());
-      groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
     for (int64_t i = begin; i < end; ++i) {
       const Tiling::Tile t = tiling.tile(i);
@@ -1304,7 +1357,7 @@ void pconv_pw_as(const PConvPw& args, const ParallelFor& parallel) {
       Gemm<T> g = {};
       const S* const x_tile = x.data + pixel * args.x_pixel_stride;
       mixed.load(x_tile, args.x_pixel_stride, 0, pixels);
-      mixed.fill(&g, groups, pconv.u, x_tile, args.x_pixel_stride, pixels);
+      mixed.fill(&g, pconv.u, x_tile, args.x_pixel_stride, pixels);
       g.b = &w_pw;
       g.shift = true;
       g.act = args.act;
@@ -1361,13 +1414,11 @@ void block_by_columns(const Block& args, const Image<S>& x, const Tiling& tiling
   const int64_t hidden_stride = spread<T>(w_pw1.n_padded);
   const bool direct = Same<R, T>::value && w_pw2.n == w_pw2.n_padded && !args.sample_scale;
   T* hidden;
-  RowGroup<T>* hidden_groups;
   Carver shared;
   for (int round = 0; round < 2; ++round) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
     rows.carve(&shared);
     hidden = shared.take<T>(rows.pixels * hidden_stride);
-    hidden_groups = shared.take<RowGroup<T>>(rows.max_groups());
   }
   rows.compute(pconv, parallel);
   Gemm<T> expand = {};
@@ -1379,12 +1430,8 @@ void block_by_columns(const Block& args, const Image<S>& x, const Tiling& tiling
   expand.act = args.act;
   share_gemm(parallel, expand, [](const Gemm<T>& part) { gemm(part); });
   Gemm<T> project = {};
-  const T* const a[1] = {hidden};
-  project.groups = hidden_groups;
-  project.n_groups = add_groups<T>(hidden_groups, 0, rows.pixels, 1, a, &hidden_stride);
-  project.n_segments = 1;
-  project.segment_k[0] = args.c_hidden;  // in passes like the tiles' chunks; not the padding: 0 * inf would be NaN
-  project.segment_stride[0] = hidden_stride;
+  // K in passes like the tiles' chunks; not the padding: 0 * inf would be NaN.
+  project.set_a(hidden, hidden_stride, args.c_hidden, rows.pixels);
   project.b = &w_pw2;
   if constexpr (Same<R, T>::value) {
     if (direct) {
@@ -1425,7 +1472,6 @@ void block_as(const Block& args, const ParallelFor& parallel) {
   const bool needs_sums = !direct || chunk < w_pw1.n_padded;
   parallel_for(parallel, tiling.tiles, [&](int64_t begin, int64_t end) {
     T *hidden, *sums;
-    RowGroup<T>*groups, *hidden_groups;
     PConvTile<S, T> pconv = pconv_of_tiles;
     MixedRows<S, T> mixed = {args.c_partial, args.channels, pconv.u_stride};
     Carver carver;
@@ -1435,8 +1481,6 @@ void block_as(const Block& args, const ParallelFor& parallel) {
       hidden = carver.take<T>(tiling.max_pixels() * hidden_stride);
       sums = carver.take<T>(needs_sums ? tiling.max_pixels() * sums_stride : 0);
       mixed.carve(&carver, args.x_pixel_stride, tiling.max_pixels());
-      groups = carver.take<RowGroup<T>>(tiling.max_groups());
-      hidden_groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
     for (int64_t i = begin; i < end; ++i) {
       const Tiling::Tile t = tiling.tile(i);
@@ -1451,7 +1495,7 @@ void block_as(const Block& args, const ParallelFor& parallel) {
       Gemm<T> expand = {};
       const S* const x_tile = x.data + pixel * args.x_pixel_stride;
       mixed.load(x_tile, args.x_pixel_stride, 0, pixels);
-      mixed.fill(&expand, groups, pconv.u, x_tile, args.x_pixel_stride, pixels);
+      mixed.fill(&expand, pconv.u, x_tile, args.x_pixel_stride, pixels);
       expand.b = &w_pw1;
       expand.c = hidden;
       expand.c_stride = hidden_stride;
@@ -1459,11 +1503,6 @@ void block_as(const Block& args, const ParallelFor& parallel) {
       expand.act = args.act;
       expand.ahead = &ahead;
       Gemm<T> project = {};
-      const T* const a[1] = {hidden};
-      project.groups = hidden_groups;
-      project.n_groups = add_groups<T>(hidden_groups, 0, pixels, 1, a, &hidden_stride);
-      project.n_segments = 1;
-      project.segment_stride[0] = hidden_stride;
       project.b = &w_pw2;
       project.n_end = w_pw2.n_padded;
       project.c = sums;
@@ -1476,7 +1515,8 @@ void block_as(const Block& args, const ParallelFor& parallel) {
         expand.then(w_pw2, 0, n);
         gemm(expand);
         project.k_begin = n;
-        project.segment_k[0] = clip(n + chunk, args.c_hidden) - n;  // not the padding: 0 * inf would be NaN
+        // Not the padding: 0 * inf would be NaN.
+        project.set_a(hidden, hidden_stride, clip(n + chunk, args.c_hidden) - n, pixels);
         project.c_in = n == 0 ? nullptr : sums;
         if constexpr (Same<R, T>::value) {
           if (direct && n + chunk >= w_pw1.n_padded) {
@@ -1554,19 +1594,18 @@ void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, int64_t begin
                        x.pixel_stride == args.channels && args.kh <= kMaxSegments;
   const int64_t chunk = chunk_width<T>(w.n_padded, kHiddenChunk);
   T *patches, *out;
-  RowGroup<T>* groups;
+  Run<T>* runs;
   Carver carver;
   for (int round = 0; round < 2; ++round) {
     if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
     patches = carver.take<T>(in_runs ? 0 : tiling.max_pixels() * depth);
     out = carver.take<T>(direct ? 0 : tiling.max_pixels() * chunk);
-    groups = carver.take<RowGroup<T>>(tiling.max_groups());
+    runs = carver.take<Run<T>>(in_runs ? tiling.max_rows() : 0);
   }
   for (int64_t i = begin; i < end; ++i) {
     const Tiling::Tile t = tiling.tile(i);
     const int64_t pixels = t.pixels(), columns = t.columns();
     Gemm<T> g = {};
-    g.groups = groups;
     Ahead ahead;
     if (i + 1 < end) {
       const Tiling::Tile next = tiling.tile(i + 1);
@@ -1581,22 +1620,19 @@ void patch_conv_tiles(const PatchConv& args, const Tiling& tiling, int64_t begin
       if (in_runs) {
         g.n_segments = static_cast<int>(args.kh);
         for (int s = 0; s < g.n_segments; ++s) g.segment_k[s] = g.segment_stride[s] = run;
+        g.runs = runs;
         for (int64_t row = t.row0; row < t.row1; ++row) {
-          const T* a[kMaxSegments] = {};
+          Run<T>& of_row = runs[g.n_runs++];
+          of_row = {{}, (row - t.row0) * columns, columns};
           for (int s = 0; s < g.n_segments; ++s) {
-            a[s] = x.at(row / out_height, row % out_height * args.kh + s, t.column0 * args.kw);
+            of_row.a[s] = x.at(row / out_height, row % out_height * args.kh + s, t.column0 * args.kw);
           }
-          g.n_groups +=
-              add_groups<T>(groups + g.n_groups, (row - t.row0) * columns, columns, g.n_segments, a, g.segment_stride);
         }
       }
     }
     if (!in_runs) {
       load_patches(x, t, out_height, args.kh, args.kw, args.channels, depth, patches);
-      g.n_segments = 1;
-      g.segment_k[0] = g.segment_stride[0] = depth;
-      const T* const a[1] = {patches};
-      g.n_groups = add_groups<T>(groups, 0, pixels, 1, a, g.segment_stride);
+      g.set_a(patches, depth, depth, pixels);
     }
     g.b = &w;
     g.shift = true;
@@ -1644,14 +1680,8 @@ template <class T>
 void dense(const T* a, int64_t rows, const Packed<T>& w, Act act, T* out, const ParallelFor& parallel) {
   constexpr int64_t kTileColumns = panel_width<T>() * FASTERNET_PANELS;
   parallel_for(parallel, ceil_div(w.n_padded, kTileColumns), [&](int64_t begin, int64_t end) {
-    RowGroup<T>* const groups = static_cast<RowGroup<T>*>(
-        scratch(kSlotTile, ceil_div(rows, kMaxRows) * static_cast<int64_t>(sizeof(RowGroup<T>))));
     Gemm<T> g = {};
-    const T* const rows_of_a[1] = {a};
-    g.n_segments = 1;
-    g.segment_k[0] = g.segment_stride[0] = w.k;
-    g.groups = groups;
-    g.n_groups = add_groups<T>(groups, 0, rows, 1, rows_of_a, g.segment_stride);
+    g.set_a(a, w.k, w.k, rows);
     g.b = &w;
     g.depth = kHeadDepth;
     g.n_begin = begin * kTileColumns;

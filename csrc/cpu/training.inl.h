@@ -793,7 +793,6 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
   share_out(parallel, share, tiling.tiles, c_out,
             [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1, bool packed_already) {
               T *packed_partial = nullptr, *packed, *out;
-              RowGroup<T>* groups;
               PConvTile<S, T> pconv(nullptr, c_partial);
               MixedRows<S, T> mixed = {c_partial, channels, u_stride};
               Carver carver;
@@ -806,7 +805,6 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
                 packed = carver.take<T>(packed_elements(share.block, channels, sizeof(T)));
                 out = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
                 mixed.carve(&carver, args.x_pixel_stride, tiling.max_pixels());
-                groups = carver.take<RowGroup<T>>(tiling.max_groups());
               }
               if (fused && !packed_already) pack_conv3x3(w_partial, false, 0, c_partial, packed_partial);
               pconv.w.data = packed_partial;
@@ -829,7 +827,7 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
                   Gemm<T> g = {};
                   const S* const x_tile = x.data + pixel * args.x_pixel_stride;
                   mixed.load(x_tile, args.x_pixel_stride, 0, pixels);
-                  mixed.fill(&g, groups, u, x_tile, args.x_pixel_stride, pixels);
+                  mixed.fill(&g, u, x_tile, args.x_pixel_stride, pixels);
                   g.b = &part;
                   g.n_end = part.n_padded;
                   g.c = out;
@@ -904,14 +902,12 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
   share_out(parallel, share, tiling.tiles, channels,
             [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1, bool packed_already) {
               T *packed, *a_tile, *sums;
-              RowGroup<T>* groups;
               Carver carver;
               for (int round = 0; round < 2; ++round) {
                 if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
                 packed = carver.take<T>(packed_elements(share.block, c_hidden, sizeof(T)));
                 a_tile = carver.take<T>(fused ? tiling.max_pixels() * a_stride : 0);
                 sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
-                groups = carver.take<RowGroup<T>>(tiling.max_groups());
               }
               for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
                 const int64_t b1 = clip(b0 + share.block, n1);
@@ -934,9 +930,6 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
                     ahead.add(y, channels, pixel + pixels, after);
                   }
                   Gemm<T> g = {};
-                  g.groups = groups;
-                  g.n_segments = 1;
-                  g.segment_stride[0] = a_stride;
                   g.b = &part;
                   g.n_end = part.n_padded;
                   g.c = sums;
@@ -950,10 +943,8 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
                                BnActTile<S, T, T, true>{z + pixel * args.z_pixel_stride + k, args.z_pixel_stride,
                                                         pixels, depth, norm.at(k), a_tile, a_stride});
                     }
-                    const T* const a[1] = {fused ? a_tile : a_all + pixel * a_stride + k};
-                    g.n_groups = add_groups<T>(groups, 0, pixels, 1, a, &a_stride);
+                    g.set_a(fused ? a_tile : a_all + pixel * a_stride + k, a_stride, depth, pixels);
                     g.k_begin = k;
-                    g.segment_k[0] = depth;
                     g.c_in = k ? sums : nullptr;
                     if constexpr (Same<R, T>::value) {
                       if (direct && k + chunk >= c_hidden) {
@@ -1033,7 +1024,6 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
   }
   share_chunks(parallel, chunks, c_hidden, kColumnUnit, kPieceUnits, [&](int64_t chunk, int64_t n0, int64_t n1) {
     T *packed, *da, *a, *g_rows, *factor, *own;
-    RowGroup<T>* groups;
     Carver carver;
     for (int round = 0; round < 2; ++round) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
@@ -1043,7 +1033,6 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
       g_rows = carver.take<T>(own_rows ? tiling.max_pixels() * g_stride : 0);
       factor = carver.take<T>(sample_scale ? tiling.max_pixels() : 0);
       own = carver.take<T>(need_products && direct ? channels * hidden_stride : 0);
-      groups = carver.take<RowGroup<T>>(tiling.max_groups());
     }
     if (need_products) clear(a, tiling.max_pixels() * hidden_stride);
     double *const dshift = dshifts + chunk * c_hidden, *const dscale = dscales + chunk * c_hidden;
@@ -1084,22 +1073,18 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
         const T* const factors = sample_scale ? factor : nullptr;
         if (need_da) {
           Gemm<T> g = {};
-          const T* rows[1] = {g_rows};
+          const T* rows = g_rows;
           int64_t row_stride = g_stride;
           if (copied_once && !sample_scale) {
-            rows[0] = g_all + pixel * g_stride;
+            rows = g_all + pixel * g_stride;
           } else if constexpr (Same<S, T>::value) {
-            rows[0] = grad_tile;
+            rows = grad_tile;
             row_stride = args.grad_pixel_stride;
           } else {
             copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, static_cast<const T*>(nullptr), g_rows,
                             g_stride);
           }
-          g.n_segments = 1;
-          g.segment_k[0] = channels;
-          g.segment_stride[0] = row_stride;
-          g.groups = groups;
-          g.n_groups = add_groups<T>(groups, 0, pixels, 1, rows, &row_stride);
+          g.set_a(rows, row_stride, channels, pixels);
           g.b = &part;
           g.n_end = part.n_padded;
           g.c = da;
@@ -1367,13 +1352,9 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   // sums (+)= dz * w for columns [k, k + depth) of dz, chunk by chunk of hidden channels.
   const int64_t hidden_chunk = chunk_width<T>(c_out, kHiddenChunk);
   const auto add_du = [](const T* dz, int64_t dz_stride, int64_t pixels, const Packed<T>& w, int64_t k, int64_t depth,
-                         RowGroup<T>* groups, T* sums, Ahead* ahead) {
+                         T* sums, Ahead* ahead) {
     Gemm<T> g = {};
-    g.groups = groups;
-    g.n_groups = add_groups<T>(groups, 0, pixels, 1, &dz, &dz_stride);
-    g.n_segments = 1;
-    g.segment_k[0] = depth;
-    g.segment_stride[0] = dz_stride;
+    g.set_a(dz, dz_stride, depth, pixels);
     g.b = &w;
     g.k_begin = k;
     g.n_end = w.n_padded;
@@ -1448,7 +1429,6 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     const int64_t dz_stride = row_pitch<T>(c_out);
     parallel_pieces(parallel, chunks.count, 1, [&](int64_t begin, int64_t end, bool packed_already) {
       T *packed_partial, *packed, *dz, *sums, *rows;
-      RowGroup<T>* groups;
       PConvTile<S, T> pconv(nullptr, c_partial);
       Carver carver;
       for (int round = 0; round < 2; ++round) {
@@ -1459,7 +1439,6 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
         dz = carver.take<T>(tiling.max_pixels() * dz_stride);
         sums = carver.take<T>(tiling.max_pixels() * padded_n(n_du, sizeof(T)));
         rows = carver.take<T>(tiling.max_pixels() * all_stride);
-        groups = carver.take<RowGroup<T>>(tiling.max_groups());
       }
       if (!packed_already) {
         clear(rows, tiling.max_pixels() * all_stride);
@@ -1475,7 +1454,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           Ahead ahead = ahead_of(i, chunks.begin(chunk + 1));
           total.tile(pixel, pixels, 0, c_out, dz, dz_stride);
           for (int64_t k = 0; k < c_out; k += hidden_chunk) {
-            add_du(dz + k, dz_stride, pixels, pw, k, clip(hidden_chunk, c_out - k), groups, sums, &ahead);
+            add_du(dz + k, dz_stride, pixels, pw, k, clip(hidden_chunk, c_out - k), sums, &ahead);
           }
           store_du(pixel, pixels, 0, n_du, sums, pw.n_padded);
           pconv.run(x, extent.height, extent.width, t, extent.rows, nullptr, &ahead);
@@ -1490,14 +1469,12 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     share_out(parallel, share, tiling.tiles, n_du,
               [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1, bool packed_already) {
                 T *packed, *dz, *sums;
-                RowGroup<T>* groups;
                 Carver carver;
                 for (int round = 0; round < 2; ++round) {
                   if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
                   packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
                   dz = carver.take<T>(keeps_dz ? 0 : tiling.max_pixels() * dz_stride);
                   sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
-                  groups = carver.take<RowGroup<T>>(tiling.max_groups());
                 }
                 for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
                   const int64_t b1 = clip(b0 + share.block, n1);
@@ -1511,11 +1488,10 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                     for (int64_t k = 0; k < c_out; k += hidden_chunk) {
                       const int64_t depth = clip(hidden_chunk, c_out - k);
                       if (keeps_dz) {
-                        add_du(kept_dz + pixel * kept_stride + k, kept_stride, pixels, part, k, depth, groups, sums,
-                               &ahead);
+                        add_du(kept_dz + pixel * kept_stride + k, kept_stride, pixels, part, k, depth, sums, &ahead);
                       } else {
                         total.tile(pixel, pixels, k, depth, dz, dz_stride);
-                        add_du(dz, dz_stride, pixels, part, k, depth, groups, sums, &ahead);
+                        add_du(dz, dz_stride, pixels, part, k, depth, sums, &ahead);
                       }
                     }
                     store_du(pixel, pixels, b0, b1, sums, part.n_padded);
@@ -1671,14 +1647,12 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
     share_out(parallel, share, tiling.tiles, depth,
               [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1, bool packed_already) {
                 T *packed, *g_rows, *sums;
-                RowGroup<T>* groups;
                 Carver carver;
                 for (int round = 0; round < 2; ++round) {
                   if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
                   packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
                   g_rows = carver.take<T>(tiling.max_pixels() * g_stride);
                   sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
-                  groups = carver.take<RowGroup<T>>(tiling.max_groups());
                 }
                 for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
                   const int64_t b1 = clip(b0 + share.block, n1);
@@ -1689,12 +1663,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
                     const Tiling::Tile t = tiling.tile(i);
                     total.tile(t.pixel(out_width), t.pixels(), 0, c_out, g_rows, g_stride);
                     Gemm<T> g = {};
-                    const T* const rows[1] = {g_rows};
-                    g.groups = groups;
-                    g.n_groups = add_groups<T>(groups, 0, t.pixels(), 1, rows, &g_stride);
-                    g.n_segments = 1;
-                    g.segment_k[0] = c_out;
-                    g.segment_stride[0] = g_stride;
+                    g.set_a(g_rows, g_stride, c_out, t.pixels());
                     g.b = &part;
                     g.n_end = part.n_padded;
                     g.c = sums;
