@@ -51,7 +51,7 @@ constexpr int64_t kHeadDepth = 64;  // K per pass of the head: few rows, so pass
 // 1,2`); fewer weights cost less than the further forks.
 constexpr int64_t kFewPixels = 36;
 constexpr int64_t kManyWeights = 64 << 10;
-constexpr int64_t kPiecePanels = 4;  // panels of columns in a piece, where threads have several
+constexpr int64_t kPiecePanels = FASTERNET_PANELS == 1 ? 4 : 6;  // panels in a piece, where threads have several
 constexpr int kMaxSegments = 4;
 // Steps of K per turn of the inner loop. With vectors of 64 bytes a step is some 40 instructions, and two threads of a
 // core that share its decoded instructions run shorter loops faster.

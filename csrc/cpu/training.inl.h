@@ -11,15 +11,17 @@
 // are cut into chunks of tiles that depend on the shape alone and added up in order, so that the bits never depend on
 // the number of threads.
 
-constexpr int64_t kColumnUnit = 32;  // columns are shared in multiples of it: whole tiles of the micro-kernels
-constexpr int64_t kPieceUnits = 4;   // of hidden columns whose gradient a thread takes at least, reading all pixels
+constexpr int64_t kColumnUnit = 16;   // columns are shared in multiples of it: whole panels
+constexpr int64_t kWideUnits = 3;     // of the micro-kernels' widest tile: threads take multiples of it where they can
+constexpr int64_t kMostHidden = 288;  // hidden columns in a block of act_pw_residual_backward
+constexpr int64_t kPieceUnits = 9;    // of hidden columns whose gradient a thread takes at least, reading all pixels
 constexpr int64_t kPixelsPerThread = 512;      // with fewer, packing all weights for each thread shows: share columns
 constexpr int64_t kBlockElements = 144 << 10;  // of a packed weight that is walked with once for all tiles: fits L2
 constexpr int64_t kChunkPixels = 512;          // of one partial sum of a weight gradient, at least
 constexpr int64_t kSmallWeight = 64 << 10;     // a larger weight's partial sums cost more: twice the pixels
 constexpr int64_t kMaxChunks = 32;
 constexpr int64_t kMostCopied = 16 << 20;  // bytes of a gradient that is copied whole
-// Rows of a weight gradient are shared in multiples of kRowUnit: of every micro-kernel's rows.
+// Rows of a weight gradient are shared in multiples of kRowUnit: groups of nearly the micro-kernels' most rows.
 constexpr int64_t kRowUnit = 24;
 constexpr int64_t kPieceRows = 7;  // units that a thread takes at least where it copies all channels of x for them
 constexpr int64_t kPieceTaps = 2;  // where it copies the convolved ones alone
@@ -556,9 +558,12 @@ void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t p
     for (int j = 0; j < kVecs; ++j) w[j] = load<V>(b + j * kLanes);
     FASTERNET_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const T value = a[r];
+      const bool from_memory = kFmaFromMemory && r % 3 == 0;  // as in micro
+      const V factor = from_memory ? V{} : a[r] - V{};
       FASTERNET_UNROLL
-      for (int j = 0; j < kVecs; ++j) acc[r][j] += w[j] * value;
+      for (int j = 0; j < kVecs; ++j) {
+        from_memory ? multiply_add_from(acc[r][j], w[j], a + r) : multiply_add(acc[r][j], w[j], factor);
+      }
     }
   }
   FASTERNET_UNROLL
@@ -571,12 +576,16 @@ void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t p
   }
 }
 
-// 8 rows x 3 vectors in the 32 registers of AVX-512, which loads 11 values a pixel for 24 products, and 12 x 2, 14
-// values, where three do not divide the columns; half as many rows in 16 registers.
+// In the 32 registers of AVX-512 9 rows x 3 vectors, whose 27 products take 36 instructions a pixel, and 6 x 4 or 12 x
+// 2 where three do not divide the columns; in 16 registers 4 x 3 and 6 x 2.
+constexpr int kOuterVecs = FASTERNET_VECTOR_BYTES == 64 ? 4 : 3;
 constexpr int kOuterRows = FASTERNET_VECTOR_BYTES == 64 ? 12 : 6;
 template <class T, int kVecs>
 struct OuterTable {
-  static constexpr int kMost = kVecs == 3 ? kOuterRows * 2 / 3 : kOuterRows;
+  static constexpr int kMost = kVecs == 4                      ? kOuterRows / 2
+                               : kVecs == 3 && kOuterVecs == 4 ? kOuterRows * 3 / 4
+                               : kVecs == 3                    ? kOuterRows * 2 / 3
+                                                               : kOuterRows;
   using Function = void (*)(const T*, int64_t, const T*, int64_t, int64_t, bool, T*, int64_t, const char*, int64_t);
   Function rows[kMost + 1];
   constexpr OuterTable() : rows() { fill<1>(); }
@@ -599,10 +608,13 @@ void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b
                   bool add, T* c, int64_t c_stride, Ahead* ahead = nullptr) {
   constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
   for (int64_t j = 0; j < n;) {
-    const int64_t vectors = ceil_div(n - j, kLanes);
-    const int64_t use = vectors == 1 ? 1 : vectors == 2 || vectors == 4 ? 2 : 3, width = use * kLanes;
-    const auto* const table = use == 1 ? kOuter<T, 1>.rows : use == 2 ? kOuter<T, 2>.rows : kOuter<T, 3>.rows;
-    const int64_t most = use == 3 ? OuterTable<T, 3>::kMost : kOuterRows;
+    const int64_t vectors = ceil_div(n - j, kLanes),
+                  use = vectors == 4 && kOuterVecs < 4 ? 2 : clip(vectors, vectors == 4 ? 4 : 3), width = use * kLanes;
+    const auto* const table = use == 1   ? kOuter<T, 1>.rows
+                              : use == 2 ? kOuter<T, 2>.rows
+                              : use == 3 ? kOuter<T, 3>.rows
+                                         : kOuter<T, kOuterVecs>.rows;
+    const int64_t most = use < 3 ? kOuterRows : use == 3 ? OuterTable<T, 3>::kMost : OuterTable<T, kOuterVecs>::kMost;
     const int64_t groups = ceil_div(m, most), passes = ceil_div(pixels, kOuterDepth);
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t row = i * m / groups, rows = (i + 1) * m / groups - row;
@@ -630,14 +642,19 @@ void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b
 
 // ---- Sharing work ---------------------------------------------------------------------------------------------------
 
+// Columns, at most `most`, in multiples of the widest tile; at least one such tile.
+inline int64_t whole_tiles(int64_t most) {
+  constexpr int64_t kTile = kWideUnits * kColumnUnit;
+  return most < kTile ? kTile : most / kTile * kTile;
+}
+
 // Of a GEMM with n columns and depth k over all tiles.
 struct Share {
   bool by_columns;
   int64_t block;  // columns whose packed weight is kept while the tiles go by
   Share(int64_t pixels, int64_t n, int64_t k, int threads) {
-    by_columns = pixels < kPixelsPerThread * threads && n > kColumnUnit;
-    block = kBlockElements / (k > 0 ? k : 1) / kColumnUnit * kColumnUnit;
-    if (block < kColumnUnit) block = kColumnUnit;
+    by_columns = pixels < kPixelsPerThread * threads && n > 2 * kColumnUnit;
+    block = whole_tiles(kBlockElements / (k > 0 ? k : 1));
     if (block > n) block = n;
   }
   bool tile_by_tile(int64_t n) const { return !by_columns && block >= n; }
@@ -650,7 +667,7 @@ struct Share {
 template <class F>
 void share_out(const ParallelFor& parallel, const Share& share, int64_t tiles, int64_t n, const F& run) {
   const bool keeps = share.block >= n;
-  const int64_t least = share.by_columns ? ceil_div(share.block, 2 * kColumnUnit)
+  const int64_t least = share.by_columns ? whole_tiles(share.block / 2) / kColumnUnit
                         : keeps          ? 1
                                          : ceil_div(tiles, 2 * parallel.num_threads);
   parallel_pieces(parallel, share.by_columns ? ceil_div(n, kColumnUnit) : tiles, least,
@@ -986,10 +1003,8 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
   const bool need_da = dz || args.dmean || args.dscale || args.dshift || need_sample;
 
   // The block of hidden channels, its packed weights and its part of the weight gradient, fits L2.
-  int64_t block = kBlockElements / 2 / (w ? channels : 1) / kColumnUnit * kColumnUnit;
-  if (block > kHiddenChunk) block = kHiddenChunk;
-  if (block < kColumnUnit) block = kColumnUnit;
-  const int64_t hidden_stride = row_pitch<T>(block), g_stride = row_pitch<T>(channels);
+  const int64_t most = whole_tiles(clip(kBlockElements / 2 / (w ? channels : 1), kMostHidden));
+  const int64_t hidden_stride = row_pitch<T>(most), g_stride = row_pitch<T>(channels);
   const int64_t product_stride = row_pitch<T>(c_hidden), units = ceil_div(c_hidden, kColumnUnit);
   // A single chunk's products are final: each block of columns is added up in scratch and goes out once. (Its rows in
   // dw are often a power of two apart, which the caches do not bear.)
@@ -1023,11 +1038,12 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
     });
   }
   share_chunks(parallel, chunks, c_hidden, kColumnUnit, kPieceUnits, [&](int64_t chunk, int64_t n0, int64_t n1) {
+    const int64_t block = whole_tiles(ceil_div(n1 - n0, ceil_div(n1 - n0, most)) + kWideUnits * kColumnUnit - 1);
     T *packed, *da, *a, *g_rows, *factor, *own;
     Carver carver;
     for (int round = 0; round < 2; ++round) {
       if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
-      packed = carver.take<T>(w ? packed_elements(block, channels, sizeof(T)) : 0);
+      packed = carver.take<T>(w ? packed_elements(most, channels, sizeof(T)) : 0);
       da = carver.take<T>(tiling.max_pixels() * hidden_stride);
       a = carver.take<T>(need_products || need_sample ? tiling.max_pixels() * hidden_stride : 0);
       g_rows = carver.take<T>(own_rows ? tiling.max_pixels() * g_stride : 0);
