@@ -658,6 +658,11 @@ struct Share {
     if (block > n) block = n;
   }
   bool tile_by_tile(int64_t n) const { return !by_columns && block >= n; }
+  // From row to row of the sums of a block of columns.
+  template <class T>
+  int64_t sums_stride() const {
+    return spread<T>(round_up(block, panel_width<T>()));
+  }
 };
 
 // run(tile0, tile1, n0, n1, packed_already) on all tiles and all n columns. packed_already: the thread has just run
@@ -797,7 +802,9 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
   S* const z = static_cast<S*>(args.z);
   const Share share(extent.pixels, c_out, channels, parallel.num_threads);
   const bool fused = share.tile_by_tile(c_out);
-  const int64_t u_stride = padded_n(c_partial, sizeof(T));
+  const int64_t u_stride = padded_n(c_partial, sizeof(T)), out_stride = share.sums_stride<T>();
+  // Sums that are added up in several passes do so in scratch where z's rows share one set of L1.
+  const bool passes_in_scratch = channels > kDepth && must_copy<S, T>(c_out);
   Statistics statistics;
   T* u_all;
   Carver shared;
@@ -820,7 +827,7 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
                   pconv.carve(&carver, x, tiling);
                 }
                 packed = carver.take<T>(packed_elements(share.block, channels, sizeof(T)));
-                out = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+                out = carver.take<T>(tiling.max_pixels() * out_stride);
                 mixed.carve(&carver, args.x_pixel_stride, tiling.max_pixels());
               }
               if (fused && !packed_already) pack_conv3x3(w_partial, false, 0, c_partial, packed_partial);
@@ -848,19 +855,19 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
                   g.b = &part;
                   g.n_end = part.n_padded;
                   g.c = out;
-                  g.c_stride = part.n_padded;
+                  g.c_stride = out_stride;
                   g.ahead = &ahead;
                   S* const z_tile = z + pixel * c_out + b0;
                   bool direct = false;
                   if constexpr (Same<S, T>::value) {
-                    direct = part.n == part.n_padded;
+                    direct = part.n == part.n_padded && !passes_in_scratch;
                     if (direct) {
                       g.c = z_tile;
                       g.c_stride = c_out;
                     }
                   }
                   gemm(g);
-                  if (!direct) store_rows<S, T>(out, part.n_padded, pixels, part.n, z_tile, c_out);
+                  if (!direct) store_rows<S, T>(out, out_stride, pixels, part.n, z_tile, c_out);
                   statistics.add<T>(i, z_tile, c_out, pixels, b0, part.n);
                 }
               }
@@ -903,6 +910,7 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
   // Tile by tile the activation lives in scratch, a chunk of hidden channels at a time; else all of it is made first.
   const bool fused = share.tile_by_tile(channels);
   const int64_t chunk = chunk_width<T>(c_hidden, kHiddenChunk), a_stride = row_pitch<T>(fused ? chunk : c_hidden);
+  const int64_t sums_stride = share.sums_stride<T>();
   T* const a_all =
       fused ? nullptr
             : static_cast<T*>(scratch(kSlotShared, extent.pixels * a_stride * static_cast<int64_t>(sizeof(T))));
@@ -924,7 +932,7 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
                 if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
                 packed = carver.take<T>(packed_elements(share.block, c_hidden, sizeof(T)));
                 a_tile = carver.take<T>(fused ? tiling.max_pixels() * a_stride : 0);
-                sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+                sums = carver.take<T>(tiling.max_pixels() * sums_stride);
               }
               for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
                 const int64_t b1 = clip(b0 + share.block, n1);
@@ -950,8 +958,8 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
                   g.b = &part;
                   g.n_end = part.n_padded;
                   g.c = sums;
-                  g.c_stride = part.n_padded;
-                  g.c_in_stride = part.n_padded;
+                  g.c_stride = sums_stride;
+                  g.c_in_stride = sums_stride;
                   g.ahead = &ahead;
                   for (int64_t k = 0; k < c_hidden; k += chunk) {
                     const int64_t depth = clip(chunk, c_hidden - k);
@@ -974,7 +982,7 @@ void act_pw_residual_as(const ActPwResidual& args, const ParallelFor& parallel) 
                     gemm(g);
                   }
                   for (int64_t p = 0; !direct && p < pixels; ++p) {
-                    const T* const sum = sums + p * part.n_padded;
+                    const T* const sum = sums + p * sums_stride;
                     const R* const before = from + p * args.residual_pixel_stride;
                     R* const after = to + p * channels;
                     const T factor = sample_scale ? sample_scale[(pixel + p) / area] : T(1);
@@ -1316,6 +1324,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   const bool need_du = dx || dw_partial;
   const int64_t n_du = dx ? channels : c_partial;
   const Share share(extent.pixels, n_du, c_out, parallel.num_threads);
+  const int64_t sums_stride = share.sums_stride<T>();
   // In chunks, if threads have equally many.
   const bool fused = dw_pw && need_du && share.tile_by_tile(n_du) &&
                      (chunks.count % parallel.num_threads == 0 || chunks.many(parallel.num_threads));
@@ -1368,16 +1377,16 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   // sums (+)= dz * w for columns [k, k + depth) of dz, chunk by chunk of hidden channels.
   const int64_t hidden_chunk = chunk_width<T>(c_out, kHiddenChunk);
   const auto add_du = [](const T* dz, int64_t dz_stride, int64_t pixels, const Packed<T>& w, int64_t k, int64_t depth,
-                         T* sums, Ahead* ahead) {
+                         T* sums, int64_t sums_stride, Ahead* ahead) {
     Gemm<T> g = {};
     g.set_a(dz, dz_stride, depth, pixels);
     g.b = &w;
     g.k_begin = k;
     g.n_end = w.n_padded;
     g.c_in = k ? sums : nullptr;
-    g.c_in_stride = w.n_padded;
+    g.c_in_stride = sums_stride;
     g.c = sums;
-    g.c_stride = w.n_padded;
+    g.c_stride = sums_stride;
     g.ahead = ahead;
     gemm(g);
   };
@@ -1453,7 +1462,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
         pconv.carve(&carver, x, tiling);
         packed = carver.take<T>(packed_elements(n_du, c_out, sizeof(T)));
         dz = carver.take<T>(tiling.max_pixels() * dz_stride);
-        sums = carver.take<T>(tiling.max_pixels() * padded_n(n_du, sizeof(T)));
+        sums = carver.take<T>(tiling.max_pixels() * sums_stride);
         rows = carver.take<T>(tiling.max_pixels() * all_stride);
       }
       if (!packed_already) {
@@ -1470,9 +1479,9 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           Ahead ahead = ahead_of(i, chunks.begin(chunk + 1));
           total.tile(pixel, pixels, 0, c_out, dz, dz_stride);
           for (int64_t k = 0; k < c_out; k += hidden_chunk) {
-            add_du(dz + k, dz_stride, pixels, pw, k, clip(hidden_chunk, c_out - k), sums, &ahead);
+            add_du(dz + k, dz_stride, pixels, pw, k, clip(hidden_chunk, c_out - k), sums, sums_stride, &ahead);
           }
-          store_du(pixel, pixels, 0, n_du, sums, pw.n_padded);
+          store_du(pixel, pixels, 0, n_du, sums, sums_stride);
           pconv.run(x, extent.height, extent.width, t, extent.rows, nullptr, &ahead);
           load_u(pixel, pixels, pconv.u, rows);
           add_products<T>(dz, dz_stride, c_out, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
@@ -1490,7 +1499,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                   if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
                   packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
                   dz = carver.take<T>(keeps_dz ? 0 : tiling.max_pixels() * dz_stride);
-                  sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+                  sums = carver.take<T>(tiling.max_pixels() * sums_stride);
                 }
                 for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
                   const int64_t b1 = clip(b0 + share.block, n1);
@@ -1504,13 +1513,14 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                     for (int64_t k = 0; k < c_out; k += hidden_chunk) {
                       const int64_t depth = clip(hidden_chunk, c_out - k);
                       if (keeps_dz) {
-                        add_du(kept_dz + pixel * kept_stride + k, kept_stride, pixels, part, k, depth, sums, &ahead);
+                        add_du(kept_dz + pixel * kept_stride + k, kept_stride, pixels, part, k, depth, sums,
+                               sums_stride, &ahead);
                       } else {
                         total.tile(pixel, pixels, k, depth, dz, dz_stride);
-                        add_du(dz, dz_stride, pixels, part, k, depth, sums, &ahead);
+                        add_du(dz, dz_stride, pixels, part, k, depth, sums, sums_stride, &ahead);
                       }
                     }
-                    store_du(pixel, pixels, b0, b1, sums, part.n_padded);
+                    store_du(pixel, pixels, b0, b1, sums, sums_stride);
                   }
                 }
               });
