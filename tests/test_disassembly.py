@@ -3,7 +3,8 @@ accumulator and step of K, nothing spilled to the stack.
 
 A micro-kernel that spills computes the right numbers, several times slower, and no other test sees
 it. The instantiations are found by their symbols, `fasternet::ISA::micro<T, bytes, rows, vectors,
-...>`, so a change of tile sizes needs no change here.
+...>` and, of the weight gradients, `fasternet::ISA::outer<T, rows, vectors>`, so a change of tile
+sizes needs no change here.
 """
 
 import dataclasses
@@ -94,11 +95,12 @@ class Kernel:
         return any(re.match(machine.frame, text) for _, text in self.code)
 
 
-def parse(listing, isa):
+def parse(listing, isa, name="micro"):
     """The micro-kernels of one instruction set in objdump's listing."""
+    vector_bytes = r"(\d+), " if name == "micro" else "()"
     title = re.compile(
-        rf"^[0-9a-f]+ <.*\bfasternet::{isa}::micro<(float|double), (\d+), (\d+), (\d+)\b.*>:\n"
-        r"((?:[ \t].*\n)+)",
+        rf"^[0-9a-f]+ <.*\bfasternet::{isa}::{name}<(float|double), {vector_bytes}(\d+), (\d+)\b"
+        r".*>:\n((?:[ \t].*\n)+)",
         re.MULTILINE,
     )
     kernels = []
@@ -108,8 +110,13 @@ def parse(listing, isa):
             address, _, text = line.partition(":")
             text = re.split(r"\s+(?:#|//)", text.strip())[0]  # without objdump's comments
             code.append((int(address, 16), re.sub(r"\s+", " ", text)))
-        kernels.append(Kernel(found[1], *map(int, found.group(2, 3, 4)), tuple(code)))
+        sizes = int(found[2] or ISAS[isa].vector_bytes), int(found[3]), int(found[4])
+        kernels.append(Kernel(found[1], *sizes, tuple(code)))
     return kernels
+
+
+def fmas_of(loop, pattern):
+    return sum(bool(re.match(pattern, text)) for text in loop)
 
 
 def faults(kernel, isa):
@@ -119,7 +126,7 @@ def faults(kernel, isa):
     found = []
     computing = []  # the loops that do the work, each with its number of FMAs
     for loop in kernel.inner_loops(isa.machine):
-        fmas = sum(bool(re.match(pattern, text)) for text in loop)
+        fmas = fmas_of(loop, pattern)
         if fmas:
             computing.append((fmas, loop))
         if fmas % kernel.accumulators:
@@ -169,9 +176,10 @@ def disassemble(isa):
     return listing
 
 
+@pytest.mark.parametrize("name", ["micro", "outer"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_micro_kernels_keep_their_accumulators_in_registers(isa):
-    kernels = parse(disassemble(isa), isa)
+def test_micro_kernels_keep_their_accumulators_in_registers(isa, name):
+    kernels = parse(disassemble(isa), isa, name)
     assert {kernel.scalar for kernel in kernels} == {"float", "double"}
     widest = max(
         (kernel for kernel in kernels if kernel.scalar == "float"), key=lambda k: k.accumulators
@@ -179,11 +187,24 @@ def test_micro_kernels_keep_their_accumulators_in_registers(isa):
     assert widest.vector_bytes == ISAS[isa].vector_bytes
     assert widest.accumulators > ISAS[isa].registers // 2, "half of the registers are idle"
     wrong = {
-        f"micro<{k.scalar}, {k.vector_bytes}, {k.rows}, {k.vectors}>": found
+        f"{name}<{k.scalar}, {k.vector_bytes}, {k.rows}, {k.vectors}>": found
         for k in kernels
         if (found := faults(k, ISAS[isa]))
     }
     assert not wrong
+
+
+@pytest.mark.parametrize("name", ["micro", "outer"])
+def test_few_instructions_to_an_fma(name):
+    """Of AVX-512's widest tile. A core issues four instructions in the time of two FMAs, and two
+    when another thread has its turn: there each instruction more costs as much as an FMA."""
+    isa = ISAS["avx512"]
+    kernels = parse(disassemble("avx512"), "avx512", name)
+    widest = max((k for k in kernels if k.scalar == "float"), key=lambda k: k.accumulators)
+    pattern = isa.fma("float", widest.vector_bytes)
+    loops = [(fmas_of(loop, pattern), len(loop)) for loop in widest.inner_loops(isa.machine)]
+    fmas, instructions = max(loops)
+    assert fmas and instructions <= 1.6 * fmas
 
 
 # A micro-kernel of 1 x 2 vectors, once as it should be and once with an accumulator on the stack.

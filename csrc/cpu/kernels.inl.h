@@ -12,9 +12,9 @@
 //
 // u, h and the partial sums of y are scratch of one thread and stay in its L2 cache; x is read from memory once, but
 // for the first c_partial channels of the two rows around a tile, and y is written once: 2 C + 2 C_p / rows elements of
-// traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. Tiles of 112 pixels give each row group a dozen visits per panel
-// while h (112 x 256 floats) stays at 112 KB. Where threads would have few pixels each and many weights to read, they
-// share the columns of the products instead, for all pixels.
+// traffic for 9 C_p^2 + 2 C C_h multiply-adds a pixel. In a tile of 112 pixels a dozen groups of rows read the same
+// weights from L1 while h (112 x kHiddenChunk) stays within 112 KB. Where threads would have few pixels each and many
+// weights to read, they share the columns of the products instead, for all pixels.
 //
 // All arithmetic goes through one micro-kernel, `micro`: kRows x kVecs accumulators over a list of K segments. An
 // element's sum runs over K in one order whatever the tile, so tiling and threads never change the bits: in order
@@ -42,8 +42,9 @@ constexpr int64_t kWholeRows = 160;  // wider images are cut into row segments o
 // K per pass: the weights of a tile's columns, 16 KB in one panel of 256 cache lines or at most 36 KB in three of 192,
 // stay in L1 or close to it while the rows go by.
 constexpr int64_t kDepth = FASTERNET_PANELS == 1 ? 256 : 192;
-constexpr int64_t kHiddenChunk = kDepth;  // hidden channels per pass
-static_assert(kHiddenChunk == kDepth, "a block adds up the same passes whether threads share its tiles or its columns");
+// Hidden channels per pass: as many, so a block adds up the same passes whether threads share its tiles or its columns.
+constexpr int64_t kHiddenChunk = kDepth;
+static_assert(kDepth % (kPanelBytes / sizeof(float)) == 0, "passes are of whole panels");
 constexpr int64_t kHeadDepth = 64;  // K per pass of the head: few rows, so passes are cheap and the logits more exact
 // Threads share columns where each would have fewer pixels than the first and the weights are at least the second. On 2
 // threads, with 24 pixels each, that is faster at the width of every network's last stage, and with 49 it is not
@@ -51,13 +52,14 @@ constexpr int64_t kHeadDepth = 64;  // K per pass of the head: few rows, so pass
 // 1,2`); fewer weights cost less than the further forks.
 constexpr int64_t kFewPixels = 36;
 constexpr int64_t kManyWeights = 64 << 10;
-constexpr int64_t kPiecePanels = FASTERNET_PANELS == 1 ? 4 : 6;  // panels in a piece, where threads have several
+constexpr int64_t kPiecePanels = FASTERNET_PANELS == 1 ? 4 : 6;  // in a piece of columns at least: two wide tiles
 constexpr int kMaxSegments = 4;
-// Steps of K per turn of the inner loop. With vectors of 64 bytes a step is some 40 instructions, and two threads of a
-// core that share its decoded instructions run shorter loops faster.
+// Steps of K per turn of the inner loop. With vectors of 64 bytes a step is some 40 instructions: shorter loops are
+// faster there, above all where another thread shares the core and its store of decoded instructions.
 constexpr int kUnroll = FASTERNET_VECTOR_BYTES == 64 ? 2 : 4;
 constexpr int kPrefetchLines = kUnroll / 2;
-// The most rows of a tile: of three panels, and of fewer.
+// FASTERNET_ROWS: the most rows of a tile; FASTERNET_ROWS_OF_3: of one of three panels, where FASTERNET_PANELS is 3.
+static_assert(FASTERNET_PANELS == 1 || FASTERNET_PANELS == 3, "column_tile knows no others");
 #ifndef FASTERNET_ROWS_OF_3
 #define FASTERNET_ROWS_OF_3 FASTERNET_ROWS
 #endif
@@ -144,33 +146,32 @@ inline __attribute__((always_inline)) void multiply_add(V& acc, const V& w, cons
 #endif
 }
 
-// acc += w * *value. In AVX-512 that is one instruction, where an FMA of two registers needs a load before it.
-#if FASTERNET_VECTOR_BYTES == 64
+// acc += w * *value. AVX-512 has that as one instruction, where registers would need a load before it. The address
+// sanitizer does not see what it reads.
+#if FASTERNET_VECTOR_BYTES == 64 && !defined(FASTERNET_GUARD_SCRATCH)
 constexpr bool kFmaFromMemory = true;
-template <class V, class T>
-inline __attribute__((always_inline)) void multiply_add_from(V& acc, const V& w, const T* value) {
-  if constexpr (Same<T, float>::value) {
-    if constexpr (sizeof(V) == 64) {
-      asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*value));
-    } else {
-      asm("vfmadd231ps %2%{1to8%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*value));
-    }
-  } else {
-    multiply_add(acc, w, *value - V{});
-  }
-}
 #else
 constexpr bool kFmaFromMemory = false;
+#endif
 template <class V, class T>
-inline void multiply_add_from(V& acc, const V& w, const T* value) {
+inline __attribute__((always_inline)) void multiply_add_from(V& acc, const V& w, const T* value) {
+#if FASTERNET_VECTOR_BYTES == 64
+  if constexpr (Same<T, float>::value && sizeof(V) == 64) {
+    asm("vfmadd231ps %2%{1to16%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*value));
+    return;
+  } else if constexpr (Same<T, float>::value) {
+    asm("vfmadd231ps %2%{1to8%}, %1, %0" : "+v"(acc) : "v"(w), "m"(*value));
+    return;
+  }
+#endif
   multiply_add(acc, w, *value - V{});
 }
-#endif
 
 // kLanes steps of K where an FMA can multiply by one lane of a register: one load brings kLanes values of a row.
 template <class V, class T, int kVecsPerPanel, int kRows, int kVecs, int kBases>
 inline __attribute__((always_inline)) void steps_by_lane(V (&acc)[kRows][kVecs], const char* const (&base)[kBases],
-                                                         int64_t stride, const T* b, int64_t b_panel) {
+                                                         int64_t stride,
+                                                         const T* const (&panels)[kVecs / kVecsPerPanel]) {
   constexpr int kLanes = sizeof(V) / sizeof(T);
   V a[kRows];
   FASTERNET_UNROLL
@@ -181,10 +182,10 @@ inline __attribute__((always_inline)) void steps_by_lane(V (&acc)[kRows][kVecs],
 #endif
   }
   FASTERNET_UNROLL
-  for (int lane = 0; lane < kLanes; ++lane, b += kVecsPerPanel * kLanes) {
+  for (int lane = 0; lane < kLanes; ++lane) {
     FASTERNET_UNROLL
     for (int j = 0; j < kVecs; ++j) {
-      const V w = load<V>(b + (j / kVecsPerPanel) * b_panel + (j % kVecsPerPanel) * kLanes);
+      const V w = load<V>(panels[j / kVecsPerPanel] + (j % kVecsPerPanel + lane * kVecsPerPanel) * kLanes);
       FASTERNET_UNROLL
       for (int r = 0; r < kRows; ++r) acc[r][j] += w * a[r][lane];
     }
@@ -201,20 +202,17 @@ void micro(const Micro<T>& m) {
     FASTERNET_UNROLL
     for (int j = 0; j < kVecs; ++j) acc[r][j] = V{};
   }
-  const T* b = m.b;
-  const int64_t b_panel = m.b_panel;
-  // With several panels, a pointer to each: GCC would otherwise keep the address of each load in a register.
   constexpr int kPanels = kVecs / kVecsPerPanel;
   const T* panels[kPanels];
   FASTERNET_UNROLL
   for (int i = 0; i < kPanels; ++i) {
-    panels[i] = b + i * b_panel;
+    panels[i] = m.b + i * m.b_panel;
+    // Of several panels GCC would keep the address of each load in a register, did it know how they are related.
     if constexpr (kPanels > 1) asm("" : "+r"(panels[i]));
   }
   const char* prefetch = m.prefetch;
   for (int s = 0; s < m.n_segments; ++s) {
     if (!m.a[s]) {
-      b += m.k[s] * kVecsPerPanel * kLanes;
       FASTERNET_UNROLL
       for (int i = 0; i < kPanels; ++i) panels[i] += m.k[s] * kVecsPerPanel * kLanes;
       continue;
@@ -245,7 +243,6 @@ void micro(const Micro<T>& m) {
       }
     };
     const auto advance = [&](int steps) __attribute__((always_inline)) {
-      b += steps * kVecsPerPanel * kLanes;
       FASTERNET_UNROLL
       for (int i = 0; i < kPanels; ++i) panels[i] += steps * kVecsPerPanel * kLanes;
       FASTERNET_UNROLL
@@ -257,7 +254,7 @@ void micro(const Micro<T>& m) {
       prefetch += kPrefetchLines * kPanelBytes;
       // Not in double, whose two lanes save too little to be worth the registers.
       if constexpr (kFmaByLane && kLanes == kUnroll) {
-        steps_by_lane<V, T, kVecsPerPanel>(acc, base, stride, b, b_panel);
+        steps_by_lane<V, T, kVecsPerPanel>(acc, base, stride, panels);
       } else {
         FASTERNET_UNROLL
         for (int u = 0; u < kUnroll; ++u) step(u);
@@ -326,38 +323,25 @@ constexpr int kHalfVecs = kPanelBytes / 2 / kHalfBytes;
 template <class T>
 constexpr MicroTable<T, kHalfBytes, kHalfVecs, kHalfVecs, FASTERNET_ROWS> kHalf{};
 
-// A tile of columns: the first of those that `left` columns are cut into, of 1 to FASTERNET_PANELS panels or half a
-// panel. Where there are three, four panels are two tiles of two and not one of three and one of one.
+// The tile of the next columns, of which `left` are left: half a panel, one, or where FASTERNET_PANELS is 3 up to
+// three. There four panels are two tiles of two and not one of three and one of one.
 template <class T>
 struct ColumnTile {
-  int64_t width;
-  int most;  // rows
-  void (*const* rows)(const Micro<T>&);
-
-  explicit ColumnTile(int64_t left) {
-    constexpr int64_t kWidth = panel_width<T>();
-    if (left < kWidth) {
-      *this = {kWidth / 2, FASTERNET_ROWS, kHalf<T>.rows};
-      return;
-    }
-    if constexpr (FASTERNET_PANELS == 3) {
-      const int64_t panels = left / kWidth;
-      if (panels == 3 || panels > 4) {
-        *this = {3 * kWidth, FASTERNET_ROWS_OF_3, kMicro<T, 3>.rows};
-        return;
-      }
-      if (panels > 1) {
-        *this = {2 * kWidth, FASTERNET_ROWS, kMicro<T, 2>.rows};
-        return;
-      }
-    }
-    *this = {kWidth, FASTERNET_ROWS, kMicro<T, 1>.rows};
-  }
-
- private:
-  ColumnTile(int64_t width_, int most_, void (*const* rows_)(const Micro<T>&))
-      : width(width_), most(most_), rows(rows_) {}
+  int64_t panels, width;
+  int most_rows;
+  void (*const* rows)(const Micro<T>&);  // the micro-kernel of so many rows
 };
+template <class T>
+ColumnTile<T> column_tile(int64_t left) {
+  constexpr int64_t kWidth = panel_width<T>();
+  if (left < kWidth) return {1, kWidth / 2, FASTERNET_ROWS, kHalf<T>.rows};
+  if constexpr (FASTERNET_PANELS == 3) {
+    const int64_t panels = left / kWidth;
+    if (panels == 3 || panels > 4) return {3, 3 * kWidth, FASTERNET_ROWS_OF_3, kMicro<T, 3>.rows};
+    if (panels > 1) return {2, 2 * kWidth, FASTERNET_ROWS, kMicro<T, 2>.rows};
+  }
+  return {1, kWidth, FASTERNET_ROWS, kMicro<T, 1>.rows};
+}
 
 // ---- Activation of a finished tile, while it is in L1 ---------------------------------------------------------------
 
@@ -562,12 +546,14 @@ struct Gemm {
   Act act;
   const T* residual;  // like c
   int64_t residual_stride;
-  const T* next;       // the weights read after this, from the first panel on, or null
-  int64_t next_panel;  // elements from panel to panel
-  Ahead* ahead;        // fetched before any weights, or null
+  const T* next;        // the weights read after this, from the first panel on, or null
+  int64_t next_panels;  // of the first tile
+  int64_t next_stride;  // elements from panel to panel
+  Ahead* ahead;         // fetched before any weights, or null
   void then(const Packed<T>& w, int64_t column, int64_t k_begin) {
     next = w.panel(column) + k_begin * w.lanes(column);
-    next_panel = w.panel_stride();
+    next_panels = column_tile<T>(w.n_padded - column).panels;
+    next_stride = w.panel_stride();
   }
   // The A operand is one segment: `rows` rows of k, `stride` elements apart.
   void set_a(const T* a, int64_t stride, int64_t k, int64_t rows) {
@@ -578,7 +564,7 @@ struct Gemm {
   }
 };
 
-// Loops: depth, then column tiles, then groups of rows, so that a panel's kDepth rows are read from L1 by all groups.
+// Loops: depth, then column tiles, then groups of rows, so that all groups read the same weights, kDepth deep.
 template <class T>
 void gemm(const Gemm<T>& g) {
   constexpr int64_t kWidth = panel_width<T>();
@@ -617,38 +603,39 @@ void gemm(const Gemm<T>& g) {
     m.relu = last && g.act == Act::kRelu;
     m.residual_stride = g.residual_stride;
     for (int64_t n = g.n_begin; n < g.n_end;) {
-      const ColumnTile<T> tile(g.n_end - n);
+      const ColumnTile<T> tile = column_tile<T>(g.n_end - n);
       const int64_t width = tile.width;
       m.b = g.b->panel(n) + (g.k_begin + k0) * g.b->lanes(n);
       m.shift = last && g.shift ? g.b->shift() + n : nullptr;
       const int64_t column = n - g.n_begin;
       int64_t groups = 0;
-      for (int64_t i = 0; i < n_runs; ++i) groups += ceil_div(runs[i].rows, tile.most);
+      for (int64_t i = 0; i < n_runs; ++i) groups += ceil_div(runs[i].rows, tile.most_rows);
       // The weights read next, which the groups of rows fetch into L2 in turn: `lines` by each, of one panel after the
       // other.
-      const bool same_pass = n + width < g.n_end;
+      const bool same_pass = n + width < g.n_end, same_weight = same_pass || !last;
       const int64_t next_n = same_pass ? n + width : g.n_begin;
       const int64_t next_k = g.k_begin + (same_pass ? k0 : k1);
-      const T* next = same_pass || !last ? g.b->panel(next_n) + next_k * g.b->lanes(next_n) : g.next;
-      const int64_t next_panel = same_pass || !last ? g.b->panel_stride() : g.next_panel;
+      const T* const next = same_weight ? g.b->panel(next_n) + next_k * g.b->lanes(next_n) : g.next;
+      const int64_t next_stride = same_weight ? g.b->panel_stride() : g.next_stride;
+      const int64_t next_panels = same_weight ? column_tile<T>(g.n_end - next_n).panels : next ? g.next_panels : 0;
       const int64_t lines = (k1 - k0) / kUnroll * kPrefetchLines, per_panel = ceil_div(k1 - k0, lines + 1);
-      int64_t panel = next ? 0 : FASTERNET_PANELS, part = 0;  // what the next group fetches
-      if (next && groups < per_panel * FASTERNET_PANELS) {
-        for (; panel < FASTERNET_PANELS; ++panel) {
-          for (int64_t k = 0; k < k1 - k0; ++k) __builtin_prefetch(next + panel * next_panel + k * kWidth, 0, 2);
+      int64_t panel = 0, part = 0;  // what the next group fetches
+      if (groups < per_panel * next_panels) {
+        for (; panel < next_panels; ++panel) {
+          for (int64_t k = 0; k < k1 - k0; ++k) __builtin_prefetch(next + panel * next_stride + k * kWidth, 0, 2);
         }
       }
       for (int64_t i = 0; i < n_runs; ++i) {
         const Run<T>& run = runs[i];
         // Groups of nearly equal size.
-        const int64_t count = ceil_div(run.rows, tile.most);
+        const int64_t count = ceil_div(run.rows, tile.most_rows);
         const int64_t least = count ? run.rows / count : 0, larger = run.rows - count * least;
         for (int64_t group = 0, first = 0; group < count; ++group) {
           const int64_t rows = least + (group < larger);
           m.prefetch = g.ahead ? g.ahead->take(lines * kPanelBytes) : nullptr;
           if (!m.prefetch) {
             m.prefetch = reinterpret_cast<const char*>(
-                panel < FASTERNET_PANELS ? next + panel * next_panel + part * lines * kWidth : m.b);
+                panel < next_panels ? next + panel * next_stride + part * lines * kWidth : m.b);
             if (++part == per_panel) part = 0, ++panel;
           }
           for (int s = 0; s < m.n_segments; ++s) {
@@ -711,8 +698,8 @@ int64_t spread(int64_t columns) {
   return columns * static_cast<int64_t>(sizeof(T)) % 512 == 0 ? columns + panel_width<T>() : columns;
 }
 
-// Whether rows of x have to be copied before they can be A: to convert them, or because rows `stride` apart share one
-// set of L1.
+// Whether rows have to be copied before they can be an operand: to convert them, or because rows `stride` apart share
+// one set of L1.
 template <class S, class T>
 bool must_copy(int64_t stride) {
   return !Same<S, T>::value || stride * static_cast<int64_t>(sizeof(T)) % 4096 == 0;

@@ -11,8 +11,9 @@
 // are cut into chunks of tiles that depend on the shape alone and added up in order, so that the bits never depend on
 // the number of threads.
 
-constexpr int64_t kColumnUnit = 16;   // columns are shared in multiples of it: whole panels
-constexpr int64_t kWideUnits = 3;     // of the micro-kernels' widest tile: threads take multiples of it where they can
+constexpr int64_t kColumnUnit = 16;  // columns are shared in multiples of it: whole panels
+// Columns of the widest tiles there are. Blocks of columns, and pieces of them at least, are multiples of it.
+constexpr int64_t kWideColumns = 48;
 constexpr int64_t kMostHidden = 288;  // hidden columns in a block of act_pw_residual_backward
 constexpr int64_t kPieceUnits = 9;    // of hidden columns whose gradient a thread takes at least, reading all pixels
 constexpr int64_t kPixelsPerThread = 512;      // with fewer, packing all weights for each thread shows: share columns
@@ -21,7 +22,7 @@ constexpr int64_t kChunkPixels = 512;          // of one partial sum of a weight
 constexpr int64_t kSmallWeight = 64 << 10;     // a larger weight's partial sums cost more: twice the pixels
 constexpr int64_t kMaxChunks = 32;
 constexpr int64_t kMostCopied = 16 << 20;  // bytes of a gradient that is copied whole
-// Rows of a weight gradient are shared in multiples of kRowUnit: groups of nearly the micro-kernels' most rows.
+// Rows of a weight gradient are shared in multiples of kRowUnit: three groups of 8 rows, two of 12, four of 6.
 constexpr int64_t kRowUnit = 24;
 constexpr int64_t kPieceRows = 7;  // units that a thread takes at least where it copies all channels of x for them
 constexpr int64_t kPieceTaps = 2;  // where it copies the convolved ones alone
@@ -315,13 +316,17 @@ void tile_statistics(const S* z, int64_t stride, int64_t rows, int64_t columns, 
                      double* m2) {
   using V = LanesOf<T>;
   constexpr int kLanes = Lanes<T>::kLanes;
-  // In bfloat16 the first value itself, from which differences are exact.
-  const int64_t first = Same<S, bf16>::value ? 1 : clip(8, rows);
+  const int64_t first = clip(8, rows);
   const T share = T(1) / static_cast<T>(first);
   for (int64_t j = 0; j < columns; j += kLanes) {
     const int64_t n = columns - j;
     V pivot = {};
     for (int64_t r = 0; r < first; ++r) pivot += load_part<T>(z + r * stride + j, n) * share;
+    if constexpr (Same<S, bf16>::value) {  // rounded: differences of two bfloat16 are exact
+      S rounded[kLanes];
+      store_as(pivot, rounded);
+      pivot = load_as<V>(rounded);
+    }
     double sums[kLanes] = {}, squares[kLanes] = {};
     for (int64_t row0 = 0; row0 < rows; row0 += kSumRows) {
       V sum = {}, square = {};
@@ -558,7 +563,7 @@ void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t p
     for (int j = 0; j < kVecs; ++j) w[j] = load<V>(b + j * kLanes);
     FASTERNET_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const bool from_memory = kFmaFromMemory && r % 3 == 0;  // as in micro
+      const bool from_memory = kFmaFromMemory && r % 3 == 0;  // more would be too many loads, as in micro
       const V factor = from_memory ? V{} : a[r] - V{};
       FASTERNET_UNROLL
       for (int j = 0; j < kVecs; ++j) {
@@ -576,31 +581,45 @@ void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t p
   }
 }
 
-// In the 32 registers of AVX-512 9 rows x 3 vectors, whose 27 products take 36 instructions a pixel, and 6 x 4 or 12 x
-// 2 where three do not divide the columns; in 16 registers 4 x 3 and 6 x 2.
+// The most rows of a tile of so many vectors. In the 32 registers of AVX-512 9 rows x 3 vectors, whose 27 products take
+// 36 instructions a pixel, and 6 x 4 or 12 x 2 where three do not divide the columns; in 16 registers 4 x 3 and 6 x 2.
 constexpr int kOuterVecs = FASTERNET_VECTOR_BYTES == 64 ? 4 : 3;
-constexpr int kOuterRows = FASTERNET_VECTOR_BYTES == 64 ? 12 : 6;
+constexpr int outer_rows(int vecs) {
+  if (FASTERNET_VECTOR_BYTES == 64) return vecs == 4 ? 6 : vecs == 3 ? 9 : 12;
+  return vecs == 3 ? 4 : 6;
+}
+template <class T>
+using Outer = void (*)(const T*, int64_t, const T*, int64_t, int64_t, bool, T*, int64_t, const char*, int64_t);
 template <class T, int kVecs>
 struct OuterTable {
-  static constexpr int kMost = kVecs == 4                      ? kOuterRows / 2
-                               : kVecs == 3 && kOuterVecs == 4 ? kOuterRows * 3 / 4
-                               : kVecs == 3                    ? kOuterRows * 2 / 3
-                                                               : kOuterRows;
-  using Function = void (*)(const T*, int64_t, const T*, int64_t, int64_t, bool, T*, int64_t, const char*, int64_t);
-  Function rows[kMost + 1];
+  Outer<T> rows[outer_rows(kVecs) + 1];
   constexpr OuterTable() : rows() { fill<1>(); }
   template <int kRows>
   constexpr void fill() {
     rows[kRows] = outer<T, kRows, kVecs>;
-    if constexpr (kRows < kMost) fill<kRows + 1>();
+    if constexpr (kRows < outer_rows(kVecs)) fill<kRows + 1>();
   }
 };
 template <class T, int kVecs>
 constexpr OuterTable<T, kVecs> kOuter{};
 
+// The tile of the next columns, of which `left` vectors are left. Four are one tile or two of two, as in column_tile.
+template <class T>
+struct OuterTile {
+  int64_t vectors;
+  int most_rows;
+  const Outer<T>* rows;
+};
+template <class T>
+OuterTile<T> outer_tile(int64_t left) {
+  if (left == 4 && kOuterVecs == 4) return {4, outer_rows(4), kOuter<T, kOuterVecs>.rows};
+  if (left == 3 || left > 4) return {3, outer_rows(3), kOuter<T, 3>.rows};
+  if (left > 1) return {2, outer_rows(2), kOuter<T, 2>.rows};
+  return {1, outer_rows(1), kOuter<T, 1>.rows};
+}
+
 // c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], at most kOuterDepth pixels at a time, which keeps the
-// rounding error of many pixels near that of a few. Rows of b are readable to whole vectors. While it runs it fetches
-// what lies ahead.
+// rounding error of many pixels near that of a few. n is whole panels. While it runs it fetches what lies ahead.
 constexpr int64_t kOuterDepth = kTilePixels / 2;
 constexpr int64_t kShortRow = 24;  // pixels that are too few for reading and writing c
 template <class T>
@@ -608,44 +627,27 @@ void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b
                   bool add, T* c, int64_t c_stride, Ahead* ahead = nullptr) {
   constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
   for (int64_t j = 0; j < n;) {
-    const int64_t vectors = ceil_div(n - j, kLanes),
-                  use = vectors == 4 && kOuterVecs < 4 ? 2 : clip(vectors, vectors == 4 ? 4 : 3), width = use * kLanes;
-    const auto* const table = use == 1   ? kOuter<T, 1>.rows
-                              : use == 2 ? kOuter<T, 2>.rows
-                              : use == 3 ? kOuter<T, 3>.rows
-                                         : kOuter<T, kOuterVecs>.rows;
-    const int64_t most = use < 3 ? kOuterRows : use == 3 ? OuterTable<T, 3>::kMost : OuterTable<T, kOuterVecs>::kMost;
-    const int64_t groups = ceil_div(m, most), passes = ceil_div(pixels, kOuterDepth);
+    const OuterTile<T> tile = outer_tile<T>((n - j) / kLanes);
+    const int64_t groups = ceil_div(m, tile.most_rows), passes = ceil_div(pixels, kOuterDepth);
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t row = i * m / groups, rows = (i + 1) * m / groups - row;
-      T* const to = c + row * c_stride + j;
-      // Columns beyond n go through a tile of their own, added up in the same order.
-      T tile[kOuterRows * 3 * kLanes];
-      const bool whole = j + width <= n;
-      for (int64_t r = 0; !whole && add && r < rows; ++r) {
-        for (int64_t k = 0; k < width; ++k) tile[r * width + k] = k < n - j ? to[r * c_stride + k] : T(0);
-      }
       for (int64_t pass = 0; pass < passes; ++pass) {
         const int64_t p0 = pass * pixels / passes, p1 = (pass + 1) * pixels / passes;
         const char* const fetch = ahead ? ahead->take((p1 - p0) * kPanelBytes) : nullptr;
-        table[rows](a + row + p0 * a_stride, a_stride, b + j + p0 * b_stride, b_stride, p1 - p0, pass > 0 || add,
-                    whole ? to : tile, whole ? c_stride : width, fetch ? fetch : reinterpret_cast<const char*>(b),
-                    fetch ? kPanelBytes : 0);
-      }
-      for (int64_t r = 0; !whole && r < rows; ++r) {
-        for (int64_t k = 0; k < n - j; ++k) to[r * c_stride + k] = tile[r * width + k];
+        tile.rows[rows](a + row + p0 * a_stride, a_stride, b + j + p0 * b_stride, b_stride, p1 - p0, pass > 0 || add,
+                        c + row * c_stride + j, c_stride, fetch ? fetch : reinterpret_cast<const char*>(b),
+                        fetch ? kPanelBytes : 0);
       }
     }
-    j += width;
+    j += tile.vectors * kLanes;
   }
 }
 
 // ---- Sharing work ---------------------------------------------------------------------------------------------------
 
-// Columns, at most `most`, in multiples of the widest tile; at least one such tile.
+// At most `most` columns, but one tile at least.
 inline int64_t whole_tiles(int64_t most) {
-  constexpr int64_t kTile = kWideUnits * kColumnUnit;
-  return most < kTile ? kTile : most / kTile * kTile;
+  return most < kWideColumns ? kWideColumns : most / kWideColumns * kWideColumns;
 }
 
 // Of a GEMM with n columns and depth k over all tiles.
@@ -1046,7 +1048,8 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
     });
   }
   share_chunks(parallel, chunks, c_hidden, kColumnUnit, kPieceUnits, [&](int64_t chunk, int64_t n0, int64_t n1) {
-    const int64_t block = whole_tiles(ceil_div(n1 - n0, ceil_div(n1 - n0, most)) + kWideUnits * kColumnUnit - 1);
+    // Blocks of nearly equal size.
+    const int64_t block = round_up(ceil_div(n1 - n0, ceil_div(n1 - n0, most)), kWideColumns);
     T *packed, *da, *a, *g_rows, *factor, *own;
     Carver carver;
     for (int round = 0; round < 2; ++round) {
@@ -1669,7 +1672,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
       });
     }
     const Share share(extent.pixels, depth, c_out, parallel.num_threads);
-    const int64_t g_stride = row_pitch<T>(c_out);
+    const int64_t g_stride = row_pitch<T>(c_out), sums_stride = share.sums_stride<T>();
     share_out(parallel, share, tiling.tiles, depth,
               [&](int64_t tile0, int64_t tile1, int64_t n0, int64_t n1, bool packed_already) {
                 T *packed, *g_rows, *sums;
@@ -1678,7 +1681,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
                   if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
                   packed = carver.take<T>(packed_elements(share.block, c_out, sizeof(T)));
                   g_rows = carver.take<T>(tiling.max_pixels() * g_stride);
-                  sums = carver.take<T>(tiling.max_pixels() * round_up(share.block, panel_width<T>()));
+                  sums = carver.take<T>(tiling.max_pixels() * sums_stride);
                 }
                 for (int64_t b0 = n0; b0 < n1; b0 += share.block) {
                   const int64_t b1 = clip(b0 + share.block, n1);
@@ -1693,7 +1696,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
                     g.b = &part;
                     g.n_end = part.n_padded;
                     g.c = sums;
-                    g.c_stride = part.n_padded;
+                    g.c_stride = sums_stride;
                     Ahead ahead;
                     if (i + 1 < tile1) {
                       const Tiling::Tile next = tiling.tile(i + 1);
@@ -1710,7 +1713,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
                     gemm(g);
                     const T* sum = sums;
                     for (int64_t row = t.row0; row < t.row1; ++row) {
-                      for (int64_t column = t.column0; column < t.column1; ++column, sum += part.n_padded) {
+                      for (int64_t column = t.column0; column < t.column1; ++column, sum += sums_stride) {
                         for (int64_t dy = b0 / run; dy * run < b1; ++dy) {
                           const int64_t from = dy * run > b0 ? dy * run : b0, to = clip((dy + 1) * run, b1);
                           const int64_t y = row / out_height * args.height + row % out_height * args.kh + dy;

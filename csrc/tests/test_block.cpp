@@ -124,18 +124,18 @@ void test_non_finite(const Case& c) {
 template <class T>
 void test_type() {
   // Channels and hidden channels around the panels' widths.
-  for (int64_t channels : {1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40}) {
+  for (int64_t channels : columns_around_tiles()) {
     test_case<T>({{1, 5, 7, channels}, (channels + 3) / 4, 2 * channels});
     test_case<T>({{1, 5, 7, channels}, channels, channels + 1, Act::kGelu});
   }
-  for (int64_t c_hidden : {1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40}) test_case<T>({{1, 5, 7, 20}, 5, c_hidden});
+  for (int64_t c_hidden : columns_around_tiles()) test_case<T>({{1, 5, 7, 20}, 5, c_hidden});
   // Pixels around the micro-kernel's rows.
-  for (int64_t width : {1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 24, 25}) {
+  for (int64_t width : rows_around_tiles()) {
     test_case<T>({{1, 1, width, 40}, 10, 80, Act::kGelu});
     test_case<T>({{1, 3, width, 24}, 8, 48});
   }
   // Several hidden chunks, several blocks of K.
-  for (int64_t c_hidden : {255, 256, 257, 600}) test_case<T>({{1, 5, 7, 36}, 36, c_hidden});
+  for (int64_t c_hidden : {191, 192, 193, 255, 256, 257, 385, 600}) test_case<T>({{1, 5, 7, 36}, 36, c_hidden});
   test_case<T>({{1, 4, 7, 300}, 75, 600});
   test_case<T>({{1, 3, 7, 520}, 130, 600, Act::kGelu});
   test_case<T>({{1, 2, 3, 300}, 300, 1040});
@@ -175,6 +175,7 @@ void test_columns() {
     c.x_slice = {3, shape.channels + 5}, c.y_slice = {1, shape.channels + 2};
     test_case<T>(c);
   }
+  test_case<T>({{1, 7, 7, 385}, 96, 385});  // in two and three passes of K
   Case c{{1, 7, 7, 320}, 80, 640, Act::kGelu};
   c.x_slice = {16, 1024};  // rows that compete for the same sets of a cache are copied
   test_case<T>(c);

@@ -75,12 +75,12 @@ void test_case(const Case& c) {
 template <class T>
 void test_type() {
   for (Layout layout : {Layout::kChannelsLast, Layout::kChannelsFirst}) {
-    for (int64_t c_out : {1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40}) {
+    for (int64_t c_out : columns_around_tiles()) {
       test_case<T>({{1, 20, 12, 3}, c_out, 4, 4, layout});
       test_case<T>({{1, 6, 10, 9}, c_out, 2, 2, layout});
     }
     // Patches in a row around the micro-kernel's rows, with and without a remainder.
-    for (int64_t width : {1, 2, 3, 4, 5, 6, 7, 11, 12, 13}) {
+    for (int64_t width : rows_around_tiles()) {
       test_case<T>({{1, 4, 4 * width, 3}, 40, 4, 4, layout});
       test_case<T>({{1, 5, 2 * width + 1, 40}, 80, 2, 2, layout, false, true});
     }
@@ -92,6 +92,8 @@ void test_type() {
       test_case<T>({shape, 17, 3, 2, layout});
     }
     test_case<T>({{1, 10, 8, 5}, 24, 5, 2, layout});
+    // Several rows of patches in a tile, each cut into groups by itself.
+    for (int64_t width : {10, 15, 19}) test_case<T>({{1, 8, 2 * width, 40}, 80, 2, 2, layout});
     // Many weights for few pixels: threads share columns instead of tiles, of 2 threads, of 5 or of 8.
     test_case<T>({{1, 14, 14, 160}, 320, 2, 2, layout});
     test_case<T>({{1, 24, 24, 40}, 441, 2, 2, layout, true, true, {3, 44}, {1, 443}});  // several tiles

@@ -100,7 +100,7 @@ void test_type() {
     test_case<T>({{1, 7, 9, c_partial + 4}, c_partial, first, first, {}, {}});
   }
   // Widths around the micro-kernel's rows.
-  for (int64_t width : {1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 24, 25}) {
+  for (int64_t width : rows_around_tiles()) {
     for (Layout layout : {last, first}) {
       test_case<T>({{1, 1, width, 40}, 10, layout, layout, {}, {}});
       test_case<T>({{1, 2, width, 40}, 10, layout, layout, {}, {}});

@@ -90,20 +90,20 @@ void test_non_finite(const Case& c) {
 
 template <class T>
 void test_type() {
-  for (int64_t c_out : {1, 7, 8, 9, 15, 16, 17, 31, 32, 33, 40, 80}) {
+  for (int64_t c_out : columns_around_tiles()) {
     test_case<T>({{1, 7, 9, 40}, 10, c_out});
     test_case<T>({{1, 1, 5, 9}, 1, c_out, Act::kGelu});
   }
   // Pixels around the micro-kernel's rows.
-  for (int64_t width : {1, 2, 3, 4, 5, 6, 7, 11, 12, 13, 24, 25}) {
-    test_case<T>({{1, 1, width, 40}, 10, 80});
+  for (int64_t width : rows_around_tiles()) {
+    for (int64_t c_out : {8, 16, 24, 48, 72, 80}) test_case<T>({{1, 1, width, 40}, 10, c_out});
     test_case<T>({{1, 3, width, 33}, 33, 17, Act::kSilu});
   }
   // Partial channels, up to all of them; K in one and in several blocks.
   for (int64_t c_partial : {1, 7, 8, 9, 10, 16, 36, 40}) {
     for (int64_t others : {0, 1, 40}) test_case<T>({{1, 5, 7, c_partial + others}, c_partial, 24, Act::kHardswish});
   }
-  for (int64_t channels : {255, 256, 257, 300, 520}) {
+  for (int64_t channels : {191, 192, 193, 255, 256, 257, 300, 385, 520}) {
     for (int64_t c_partial : {int64_t{8}, channels / 4}) test_case<T>({{1, 4, 7, channels}, c_partial, 48});
   }
   test_case<T>({{1, 3, 4, 300}, 300, 16});

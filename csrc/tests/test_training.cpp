@@ -588,6 +588,9 @@ void test_type() {
   Block<T>({{2, 1, 1, 40}, 10, 80}).test();
   Block<T>({{1, 6, 5, 70}, 16, 130}).test();  // whole panels of one kernel column, wide weights
   Block<T>({{1, 6, 5, 129}, 48, 70}).test();
+  // Rows of z, and of sums, that share a set of L1: several passes of K, and blocks of a power of two of columns.
+  Block<T>({{1, 2, 3, 260}, 8, 1024}).test();
+  Block<T>({{1, 5, 7, 128}, 32, 256}).test();
   // Threads that take several chunks each, and tiles of a weight that does not fit L2 as a whole.
   Block<T>({{6, 28, 28, 8}, 2, 20, Act::kRelu, true, true}).test();
   if (Storage<T>::kDType == fasternet::DType::kFloat32) Block<T>({{2, 26, 26, 300}, 75, 520}).test();

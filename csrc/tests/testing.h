@@ -135,6 +135,15 @@ struct Storage<BFloat16> {
 template <class T>
 using Compute = typename Storage<T>::Compute;
 
+// Numbers of rows around the micro-kernels' tiles, of at most 3, 6, 9, 12 and 14 rows, and around two of them.
+inline std::vector<int64_t> rows_around_tiles() {
+  return {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 18, 19, 24, 25, 27, 28, 29};
+}
+// Numbers of columns around one to five panels of 8 and of 16 and the tiles that they are cut into.
+inline std::vector<int64_t> columns_around_tiles() {
+  return {1, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 40, 47, 48, 49, 64, 65, 72, 80, 81, 112};
+}
+
 inline const std::vector<Act>& all_acts() {
   static const std::vector<Act> acts = {Act::kIdentity, Act::kRelu, Act::kGelu,
                                         Act::kGeluTanh, Act::kSilu, Act::kHardswish};
