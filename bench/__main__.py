@@ -9,7 +9,7 @@
     python -m bench roofline        least times of the GPU kernels, computed, without a GPU
     python -m bench report          the goals, from the CSV
     python -m bench plot            charts, from the CSV
-    python -m bench readme          the tables of README and docs/, from the newest CSV
+    python -m bench readme          the tables of README and docs/, from the fullest CSV
 
 Rows are appended to bench/results/<device>.csv as they come. Cut off? `--resume` goes on where the
 last run ended. Filters: --only t0,s --providers ours,mnn --threads 1 --batch 1 --mode latency.
@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif args.command == "roofline":
             _roofline(args)
         elif args.command == "readme":
-            newest = args.csv or results.newest_file() or path
-            pages.update(results.calmest(results.read(newest)), args.out or results.ROOT)
+            fullest = args.csv or results.fullest_file() or path
+            pages.update(results.calmest(results.read(fullest)), args.out or results.ROOT)
         else:
             _measure(args, path)
     except (ImportError, OSError, ValueError, session.WorkerError) as error:

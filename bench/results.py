@@ -30,7 +30,7 @@ __all__ = [
     "disturbed",
     "fullest_run",
     "latest",
-    "newest_file",
+    "fullest_file",
     "newest_run",
     "other_load",
     "provenance",
@@ -247,10 +247,17 @@ def newest_run(rows: Sequence[Row]) -> str | None:
     return rows[-1].run if rows else None
 
 
-def newest_file(folder: Path = RESULTS) -> Path | None:
-    """The CSV with the latest row; None if there are none."""
-    dates = {path: max((r.date for r in read(path)), default="") for path in folder.glob("*.csv")}
-    return max(dates, key=lambda path: (dates[path], path.name), default=None)
+def fullest_file(folder: Path = RESULTS) -> Path | None:
+    """The CSV that pages are made of: that with the most networks and layers, which they compare,
+    and of several the one with the latest row; None if there are none. So a device on which a part
+    was measured does not take the place of one on which all was."""
+
+    def key(path: Path) -> tuple[int, str, str]:
+        rows = read(path)
+        compared = {row.workload for row in rows if row.ok and row.kind in ("network", "layers")}
+        return len(compared), max((row.date for row in rows), default=""), path.name
+
+    return max(folder.glob("*.csv"), key=key, default=None)
 
 
 def default_path() -> Path:

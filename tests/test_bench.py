@@ -259,11 +259,17 @@ def test_provenance():
     assert about["isa"] == fk.library.status().isa
 
 
-def test_newest_file(tmp_path):
-    assert results.newest_file(tmp_path) is None
+def test_fullest_file(tmp_path):
+    assert results.fullest_file(tmp_path) is None
     results.append(tmp_path / "a.csv", [row(date="2026-02-01T00:00:00Z")])
     results.append(tmp_path / "b.csv", [row(date="2026-01-01T00:00:00Z")])
-    assert results.newest_file(tmp_path) == tmp_path / "a.csv"
+    assert results.fullest_file(tmp_path) == tmp_path / "a.csv"
+    more = row(date="2026-01-01T00:00:00Z", workload="mobilenetv2_100")
+    chain = row(date="2026-03-01T00:00:00Z", workload="t0_stage1_relu", kind="chain")
+    failed = row(date="2026-03-01T00:00:00Z", workload="mobilevit_xxs", status="fails")
+    results.append(tmp_path / "b.csv", [more])
+    results.append(tmp_path / "a.csv", [chain, failed])
+    assert results.fullest_file(tmp_path) == tmp_path / "b.csv"
 
 
 # ---- The gate ------------------------------------------------------------------------------------
@@ -1003,9 +1009,9 @@ def test_pages_are_written_between_their_marks(tmp_path):
 
 @pytest.fixture(scope="module")
 def committed():
-    """The rows of the newest CSV, and what they draw."""
-    newest = results.newest_file()
-    rows = results.calmest(results.read(newest)) if newest else []
+    """The rows of the fullest CSV, and what they draw."""
+    fullest = results.fullest_file()
+    rows = results.calmest(results.read(fullest)) if fullest else []
     return rows, plot.figures(rows) if rows else {}
 
 
