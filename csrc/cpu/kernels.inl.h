@@ -49,7 +49,7 @@ constexpr int64_t kHeadDepth = 64;  // K per pass of the head: few rows, so pass
 // Threads share columns where each would have fewer pixels than the first and the weights are at least the second. On 2
 // threads, with 24 pixels each, that is faster at the width of every network's last stage, and with 49 it is not
 // (builds with one rule and the other, on the chains of `python -m bench blocks --only stage4 --threads 2 --batch
-// 1,2`); fewer weights cost less than the further forks.
+// 1,2`, with tiles of 12 rows x 2 panels on AVX-512); fewer weights cost less than the further forks.
 constexpr int64_t kFewPixels = 36;
 constexpr int64_t kManyWeights = 64 << 10;
 constexpr int64_t kPiecePanels = FASTERNET_PANELS == 1 ? 4 : 6;  // in a piece of columns at least: two wide tiles
