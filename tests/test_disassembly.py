@@ -196,15 +196,18 @@ def test_micro_kernels_keep_their_accumulators_in_registers(isa, name):
 
 @pytest.mark.parametrize("name", ["micro", "outer"])
 def test_few_instructions_to_an_fma(name):
-    """Of AVX-512's widest tile. A core issues four instructions in the time of two FMAs, and two
-    when another thread has its turn: there each instruction more costs as much as an FMA."""
+    """Of AVX-512's tile of three vectors, those on vectors; how many others a loop takes is the
+    compiler's. A core issues four instructions in the time of two FMAs, and two when another thread
+    has its turn: there each instruction more costs as much as an FMA."""
     isa = ISAS["avx512"]
     kernels = parse(disassemble("avx512"), "avx512", name)
-    widest = max((k for k in kernels if k.scalar == "float"), key=lambda k: k.accumulators)
-    pattern = isa.fma("float", widest.vector_bytes)
-    loops = [(fmas_of(loop, pattern), len(loop)) for loop in widest.inner_loops(isa.machine)]
-    fmas, instructions = max(loops)
-    assert fmas and instructions <= 1.6 * fmas
+    tiles = [k for k in kernels if k.scalar == "float" and k.vectors == 3]
+    largest = max(tiles, key=lambda k: k.rows)
+    pattern = isa.fma("float", largest.vector_bytes)
+    loops = [(fmas_of(loop, pattern), loop) for loop in largest.inner_loops(isa.machine)]
+    fmas, main = max(loops, key=lambda pair: pair[0])
+    assert largest.rows == 9
+    assert fmas and sum(text.startswith("v") for text in main) <= 1.4 * fmas
 
 
 # A micro-kernel of 1 x 2 vectors, once as it should be and once with an accumulator on the stack.
