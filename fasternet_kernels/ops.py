@@ -24,16 +24,20 @@ pw_stats             ``z = conv1x1(u, w_pw)`` with the mean and the sum of squar
 patch_stats          the same of ``z = conv(x, weight, stride = kernel)``, in channels_last memory
 bn_act               ``act((z - mean) * scale + shift)``
 act_pw_residual      ``x + sample_scale * layer_scale * conv1x1(bn_act(z), w_pw2)``
+batch_norm_layer     the two halves of a layer of training as one op, in a process that shares its
+                     statistics with no other; returns ``y``, ``z`` and its statistics; its backward
+                     computes ``z`` again where it was not kept
 ===================  =============================================================================
 
 Training with batch statistics is ``pw_stats`` or ``patch_stats``, then the batch norm's vectors in
 plain torch (where the statistics of several processes are combined), then ``bn_act`` or
-``act_pw_residual``. Backward has the same two halves: ``bn_act_backward`` or
-``act_pw_residual_backward`` gives ``dz`` and the batch norm's sums over pixels, which are added up
-over the processes; then ``patch_stats_backward``, or ``pw_stats_backward``, which adds ``dy``, the
-gradient of the residual, to ``dx``. The ``*_recompute_backward`` ops are the
-first half where ``z`` was not kept: they return it in front of the gradients, for the second half.
-Gradients of images and of convolutions' weights have the memory format of what they belong to.
+``act_pw_residual``; ``batch_norm_layer`` is all of that in one process. Backward has the same two
+halves: ``bn_act_backward`` or ``act_pw_residual_backward`` gives ``dz`` and the batch norm's sums
+over pixels, which are added up over the processes; then ``patch_stats_backward``, or
+``pw_stats_backward``, which adds ``dy``, the gradient of the residual, to ``dx``. The
+``*_recompute_backward`` ops are the first half where ``z`` was not kept: they return it in front of
+the gradients, for the second half. Gradients of images and of convolutions' weights have the memory
+format of what they belong to.
 :mod:`fasternet_kernels.training` puts the halves together.
 """
 
@@ -145,6 +149,17 @@ SCHEMAS = {
         "(Tensor grad, Tensor x, Tensor mean, Tensor scale, Tensor shift, Tensor w_partial, "
         "Tensor w_pw1, Tensor w_pw2, Tensor? layer_scale, Tensor? sample_scale, str act, bool[] "
         "output_mask) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_layer": (
+        "(Tensor x, Tensor? w_partial, Tensor w_conv, Tensor? weight, Tensor? bias, Tensor? w_pw2, "
+        "Tensor? layer_scale, Tensor? sample_scale, float eps, str act)"
+        " -> (Tensor, Tensor, Tensor, Tensor)"
+    ),
+    "batch_norm_layer_backward": (
+        "(Tensor grad, Tensor x, Tensor? w_partial, Tensor w_conv, Tensor? weight, Tensor? bias, "
+        "Tensor? w_pw2, Tensor? layer_scale, Tensor? sample_scale, Tensor? z, Tensor mean, Tensor "
+        "m2, float eps, str act, bool[] output_mask)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 }
 
@@ -388,6 +403,22 @@ def _(grad, x, mean, scale, shift, w_partial, w_pw1, *others):
     return z, *_wanted(output_mask, _grad(z, grad), *(_grad(t, grad) for t in vectors))
 
 
+@_fake("batch_norm_layer")
+def _(x, w_partial, w_conv, weight, bias, w_pw2, layer_scale, sample_scale, eps, act):
+    c_out, _, kh, kw = w_conv.shape
+    z = _patches(x, c_out, kh, kw, w_conv.dtype, channels_last=w_partial is None)
+    y = _same(z)
+    if w_pw2 is not None:
+        y = _image(x, x.shape, torch.promote_types(x.dtype, z.dtype))
+    return y, *_with_statistics(z)
+
+
+@_fake("batch_norm_layer_backward")
+def _(grad, x, *others):
+    *parameters, _z, _mean, _m2, _eps, _act, output_mask = others
+    return _wanted(output_mask, _grad(x, grad), *(_grad(t, grad) for t in parameters))
+
+
 # ---- Autograd ------------------------------------------------------------------------------------
 
 
@@ -534,6 +565,7 @@ for _name in (
     "network",
 ):
     _not_differentiable(_name, _PACKED)
+_not_differentiable("batch_norm_layer", "its gradient is that of a layer: see training.py")
 for _name in SCHEMAS:
     if _name.endswith("_backward"):
         _not_differentiable(_name, "second derivatives are not supported")
@@ -793,6 +825,49 @@ def _(
 ) -> int:
     recompute = _pconv_pw_flops(x, w_partial[0], w_pw1[0])
     return recompute + _act_pw_residual_gradients(x, w_pw2, *output_mask)
+
+
+@_flops("batch_norm_layer")
+def _(x, w_partial, w_conv, weight, bias, w_pw2, *args, out_shape=None, **kwargs) -> int:
+    if w_partial is None:
+        return _patch_flops(x, w_conv[0], w_conv[2], w_conv[3])
+    second = 0 if w_pw2 is None else 2 * _pixels(x) * w_pw2[0] * w_pw2[1]
+    return _pconv_pw_flops(x, w_partial[0], w_conv[0]) + second
+
+
+@_flops("batch_norm_layer_backward")
+def _(
+    grad,
+    x,
+    w_partial,
+    w_conv,
+    weight,
+    bias,
+    w_pw2,
+    layer,
+    sample,
+    z,
+    mean,
+    m2,
+    eps,
+    act,
+    output_mask,
+    *args,
+    out_shape=None,
+    **kwargs,
+) -> int:
+    need_x, need_partial, need_conv, need_weight, need_bias, *others = output_mask
+    if w_partial is None:
+        products = need_x + need_conv + (z is None)
+        return _patch_flops(x, w_conv[0], w_conv[2], w_conv[3]) * products
+    total = _pconv_pw_flops(x, w_partial[0], w_conv[0]) if z is None else 0
+    if need_x or need_partial or need_conv:
+        total += 2 * _pixels(x) * 9 * w_partial[0] ** 2
+        total += _pconv_pw_gradients(x, w_partial, w_conv, need_x, need_partial, need_conv)
+    if w_pw2 is not None:
+        needs = (need_x or need_partial or need_conv, False, need_weight, need_bias, *others)
+        total += _act_pw_residual_gradients(x, w_pw2, *needs)
+    return total
 
 
 # ---- Argument checks -----------------------------------------------------------------------------

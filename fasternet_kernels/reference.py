@@ -647,3 +647,78 @@ def act_pw_residual_recompute_backward(
     ops = torch.ops.fasternet_kernels
     z = ops.pw_stats(x, w_partial, w_pw1)[0]
     return z, *ops.act_pw_residual_backward(grad, z, mean, scale, shift, *others)
+
+
+def scale_and_shift(invstd, weight, bias) -> tuple[Tensor, Tensor]:
+    """The batch norm as (z - mean) * scale + shift."""
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    return scale, torch.zeros_like(scale) if bias is None else bias.to(scale.dtype)
+
+
+def batch_norm_layer(
+    x, w_partial, w_conv, weight, bias, w_pw2, layer_scale, sample_scale, eps: float, act: str
+) -> tuple[Tensor, ...]:
+    ops = torch.ops.fasternet_kernels
+    stats = ops.patch_stats(x, w_conv) if w_partial is None else ops.pw_stats(x, w_partial, w_conv)
+    z, mean, m2 = stats
+    scale, shift = scale_and_shift((m2 / z[:, 0].numel() + eps).rsqrt(), weight, bias)
+    if w_pw2 is None:
+        return ops.bn_act(z, mean, scale, shift, act), *stats
+    return (
+        ops.act_pw_residual(x, z, mean, scale, shift, w_pw2, layer_scale, sample_scale, act),
+        *stats,
+    )
+
+
+def batch_norm_layer_backward(
+    grad,
+    x,
+    w_partial,
+    w_conv,
+    weight,
+    bias,
+    w_pw2,
+    layer_scale,
+    sample_scale,
+    z,
+    mean,
+    m2,
+    eps: float,
+    act: str,
+    output_mask: list[bool],
+) -> tuple[Tensor, ...]:
+    ops = torch.ops.fasternet_kernels
+    need_x, need_partial, need_conv, need_weight, need_bias, *others = output_mask
+    inner = need_x or need_partial or need_conv
+    sums = inner or need_weight or need_bias
+    if z is None and w_partial is None:
+        z = ops.patch_conv(x, w_conv, None, None, True)
+    elif z is None:
+        z = ops.pw_stats(x, w_partial, w_conv)[0]
+    pixels = z[:, 0].numel()
+    invstd = (m2 / pixels + eps).rsqrt()
+    scale, shift = scale_and_shift(invstd, weight, bias)
+    first, mask = (grad, z, mean, scale, shift), [inner, inner, sums, sums]
+    if w_pw2 is None:
+        dz, dmean, dscale, dshift = ops.bn_act_backward(*first, act, mask)
+        after = [None] * 3
+    else:
+        after = (w_pw2, layer_scale, sample_scale)
+        dz, dmean, dscale, dshift, *after = ops.act_pw_residual_backward(
+            *first, *after, act, mask + others
+        )
+    dx = dw_partial = dw_conv = None
+    if inner:
+        dm2 = dscale * invstd * invstd * scale * (-0.5 / pixels)
+        then = (dz, dmean, dm2, x, z, mean)
+        if w_partial is None:
+            dx, dw_conv = ops.patch_stats_backward(*then, w_conv, [need_x, need_conv])
+        else:
+            mask = [need_x, need_partial, need_conv]
+            dx, dw_partial, dw_conv = ops.pw_stats_backward(
+                *then, w_partial, w_conv, mask, None if w_pw2 is None else grad
+            )
+    dweight = (dscale * invstd).to(weight.dtype) if need_weight else None
+    dbias = dshift.to(bias.dtype) if need_bias else None
+    results = (dx, dw_partial, dw_conv, dweight, dbias, *after)
+    return _results(grad, *(g if need else None for g, need in zip(results, output_mask)))

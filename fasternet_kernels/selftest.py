@@ -235,6 +235,11 @@ def _arguments(
             *(x, x, mean, scale, shift, partial, pw1, pw2, layer, sample, act),
             [True] * 7,
         ),
+        "batch_norm_layer": (x, partial, pw1, scale, shift, pw2, layer, sample, 1e-5, act),
+        "batch_norm_layer_backward": (
+            *(x.flip(0), x, partial, pw1, scale, shift, pw2, layer, sample, z, mean),
+            *(scale.square(), 1e-5, act, [True] * 8),
+        ),
     }
 
 

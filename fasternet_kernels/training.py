@@ -11,7 +11,8 @@ backward  dx, dw_partial, dw_conv     sums of all processes            dz and su
 ========  ==========================  ===============================  ===========================
 
 Kept from forward to backward are x, z, the statistics and the parameters, and a lean layer does not
-keep z but computes it again from x.
+keep z but computes it again from x. Where no other process has a part in the statistics, the CPU
+runs both halves as one op (``batch_norm_layer``), without Python between its kernels.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import library
+from .reference import scale_and_shift
 
 _ops = torch.ops.fasternet_kernels
 _BelowAutograd = torch._C._AutoDispatchBelowAutograd
 NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _DEVICES = tuple(kind for kind in ("cpu", "cuda") if library.has_kernel("pw_stats", kind))
+_WHOLE = tuple(kind for kind in _DEVICES if library.has_kernel("batch_norm_layer", kind))
 
 
 def is_fused(t: Tensor) -> bool:
@@ -91,10 +94,26 @@ def _run(op, *args):
         return op(*args)
 
 
-def _scale_and_shift(invstd: Tensor, weight: Tensor | None, bias: Tensor | None):
-    """The batch norm as (z - mean) * scale + shift."""
-    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-    return scale, torch.zeros_like(scale) if bias is None else bias.to(scale.dtype)
+class _Layer(torch.autograd.Function):
+    """A layer that shares its statistics with no other process, from x to y."""
+
+    @staticmethod
+    def forward(ctx, x, *rest):
+        parameters, (norm, act, lean) = rest[:7], rest[7:]
+        op = _ops.batch_norm_layer.default
+        y, z, mean, m2 = _run(op, x, *parameters, norm.eps, act)
+        _update_running_statistics(norm, mean, m2, z.shape[0] * z.shape[2] * z.shape[3])
+        ctx.eps, ctx.act = norm.eps, act
+        ctx.save_for_backward(x, *parameters, None if lean else z, mean, m2)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        need = ctx.needs_input_grad[:8]
+        op = _ops.batch_norm_layer_backward.default
+        grads = _run(op, dy, *ctx.saved_tensors, ctx.eps, ctx.act, need)
+        return *(g if n else None for g, n in zip(grads, need)), *([None] * 3)
 
 
 class _FromStatistics(torch.autograd.Function):
@@ -107,7 +126,7 @@ class _FromStatistics(torch.autograd.Function):
         ctx.act, ctx.group = act, group
         ctx.save_for_backward(x, *parameters, None if lean else z, *statistics)
         mean, invstd, _ = statistics
-        scale, shift = _scale_and_shift(invstd, weight, bias)
+        scale, shift = scale_and_shift(invstd, weight, bias)
         if w_pw2 is None:
             return _run(_ops.bn_act.default, z, mean, scale, shift, act)
         after = (w_pw2, layer_scale, sample_scale, act)
@@ -123,7 +142,7 @@ class _FromStatistics(torch.autograd.Function):
         need_x, need_partial, need_conv, need_weight, need_bias, *others = ctx.needs_input_grad[:8]
         inner = need_x or need_partial or need_conv
         sums = inner or need_weight or need_bias
-        scale, shift = _scale_and_shift(invstd, weight, bias)
+        scale, shift = scale_and_shift(invstd, weight, bias)
 
         # The second half of the forward. Its gradient of the mean, -scale * dshift, is not the one
         # wanted below where other processes have a part in it.
@@ -173,6 +192,14 @@ class _FromStatistics(torch.autograd.Function):
         return *(g if n else None for g, n in zip(grads, ctx.needs_input_grad)), *([None] * 7)
 
 
+def _refuse_single_value(count: int, shape: tuple[int, ...]) -> None:
+    if count == 1:
+        raise ValueError(
+            "Expected more than 1 value per channel when training, "
+            f"got a hidden tensor of shape {shape}; call eval() for a single value"
+        )
+
+
 def batch_norm_layer(
     norm: nn.Module,
     x: Tensor,
@@ -208,24 +235,26 @@ def batch_norm_layer(
     Raises:
         ValueError: one value per channel has no variance.
     """
+    kh, kw = w_conv.shape[2:]
+    shape = (x.shape[0], w_conv.shape[0], x.shape[2] // kh, x.shape[3] // kw)
+    pixels = shape[0] * shape[2] * shape[3]
+    group, total = process_group(norm), None
+    parameters = (w_partial, w_conv, norm.weight, norm.bias, w_pw2, layer_scale, sample_scale)
+    if group is None:
+        _refuse_single_value(pixels, shape)
+        if x.device.type in _WHOLE and not torch.compiler.is_compiling():
+            return _Layer.apply(x, *parameters, norm, act, lean)
     with torch.no_grad():
         if w_partial is None:
             z, mean, m2 = _run(_ops.patch_stats.default, x, w_conv)
         else:
             z, mean, m2 = _run(_ops.pw_stats.default, x, w_partial, w_conv)
-        pixels = z.shape[0] * z.shape[2] * z.shape[3]
-        group, total = process_group(norm), None
         if group is not None:
             mean, m2, total = _over_processes(mean, m2, pixels, group)
-        # A count on another device is not looked at: that would wait for it.
-        known = total is None or (total.device.type == "cpu" and not torch.compiler.is_compiling())
-        if known and (pixels if total is None else int(total)) == 1:
-            raise ValueError(
-                "Expected more than 1 value per channel when training, "
-                f"got a hidden tensor of shape {tuple(z.shape)}; call eval() for a single value"
-            )
+            # A count on another device is not looked at: that would wait for it.
+            if total.device.type == "cpu" and not torch.compiler.is_compiling():
+                _refuse_single_value(int(total), shape)
         count = pixels if total is None else total
         _update_running_statistics(norm, mean, m2, count)
         invstd = (m2 / count).add_(norm.eps).rsqrt_()
-    parameters = (w_partial, w_conv, norm.weight, norm.bias, w_pw2, layer_scale, sample_scale)
     return _FromStatistics.apply(x, *parameters, z, mean, invstd, total, act, lean, group)

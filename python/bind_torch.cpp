@@ -11,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -994,6 +995,101 @@ std::tuple<Tensor, Tensor> patch_stats_backward(Tensor dz, Tensor dmean, Tensor 
   return {dx, dw};
 }
 
+// ---- A layer of training as one op ----------------------------------------------------------------------------------
+
+// Element c of a dense vector in a compute type, and a vector like it of what f gives for each c.
+double value(const Tensor& t, int64_t c) {
+  return t.scalar_type() == ScalarType::Double ? static_cast<const double*>(t.const_data_ptr())[c]
+                                               : static_cast<const float*>(t.const_data_ptr())[c];
+}
+template <class F>
+Tensor vector_like(const Tensor& like, const F& f) {
+  Tensor t = empty_like(like, like.scalar_type());
+  void* const data = t.mutable_data_ptr();
+  for (int64_t c = 0; c < t.numel(); ++c) {
+    if (t.scalar_type() == ScalarType::Double) {
+      static_cast<double*>(data)[c] = f(c);
+    } else {
+      static_cast<float*>(data)[c] = static_cast<float>(f(c));
+    }
+  }
+  return t;
+}
+
+// The batch norm of a layer: (z - mean) * scale + shift, scale = weight * invstd.
+struct LayerNorm {
+  double pixels;
+  Tensor invstd, scale, shift;
+
+  LayerNorm(const Tensor& z, const Tensor& m2, double eps, const OptionalTensor& weight, const OptionalTensor& bias)
+      : pixels(static_cast<double>(z.size(0) * z.size(2) * z.size(3))),
+        invstd(vector_like(m2, [&](int64_t c) { return 1 / std::sqrt(value(m2, c) / pixels + eps); })),
+        scale(invstd),
+        shift(bias ? dense(*bias, m2.scalar_type()) : filled(m2.size(0), 0, m2, m2.scalar_type())) {
+    check_size(m2, "m2", {z.size(1)});
+    check_size(weight, "weight", {z.size(1)});
+    check_size(bias, "bias", {z.size(1)});
+    if (!weight) return;
+    const Tensor factor = dense(*weight, m2.scalar_type());
+    scale = vector_like(m2, [&](int64_t c) { return value(invstd, c) * value(factor, c); });
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_layer(Tensor x, OptionalTensor w_partial, Tensor w_conv,
+                                                            OptionalTensor weight, OptionalTensor bias,
+                                                            OptionalTensor w_pw2, OptionalTensor layer_scale,
+                                                            OptionalTensor sample_scale, double eps, std::string act) {
+  const auto [z, mean, m2] = w_partial ? pw_stats(x, *w_partial, w_conv) : patch_stats(x, w_conv);
+  const LayerNorm norm(z, m2, eps, weight, bias);
+  const Tensor y = w_pw2 ? act_pw_residual(x, z, mean, norm.scale, norm.shift, *w_pw2, layer_scale, sample_scale, act)
+                         : bn_act(z, mean, norm.scale, norm.shift, act);
+  return {y, z, mean, m2};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_layer_backward(
+    Tensor grad, Tensor x, OptionalTensor w_partial, Tensor w_conv, OptionalTensor weight, OptionalTensor bias,
+    OptionalTensor w_pw2, OptionalTensor layer_scale, OptionalTensor sample_scale, OptionalTensor kept_z, Tensor mean,
+    Tensor m2, double eps, std::string act, std::vector<bool> output_mask) {
+  check_mask(output_mask, 8);
+  const Tensor z = kept_z      ? *kept_z
+                   : w_partial ? std::get<0>(pw_stats(x, *w_partial, w_conv))
+                               : patch_conv(x, w_conv, std::nullopt, std::nullopt, true);
+  check_image(z);
+  const bool inner = output_mask[0] || output_mask[1] || output_mask[2];
+  const bool sums = inner || output_mask[3] || output_mask[4];
+  const LayerNorm norm(z, dense(m2, compute_type(m2.scalar_type())), eps, weight, bias);
+  const ActGradients g = act_gradients(grad, z, mean, norm.scale, norm.shift, w_pw2, layer_scale, sample_scale, act,
+                                       {inner, inner, sums, sums, output_mask[5], output_mask[6], output_mask[7]});
+  Tensor dx = no_gradient(grad), dw_partial = dx, dw_conv = dx;
+  if (inner) {
+    const Tensor dm2 = vector_like(g.dscale, [&](int64_t c) {
+      const double inverse = value(norm.invstd, c);
+      return value(g.dscale, c) * inverse * inverse * value(norm.scale, c) * (-0.5 / norm.pixels);
+    });
+    if (w_partial) {
+      std::tie(dx, dw_partial, dw_conv) = pw_stats_backward(g.dz, g.dmean, dm2, x, z, mean, *w_partial, w_conv,
+                                                            {output_mask[0], output_mask[1], output_mask[2]},
+                                                            w_pw2 ? OptionalTensor(grad) : std::nullopt);
+    } else {
+      std::tie(dx, dw_conv) =
+          patch_stats_backward(g.dz, g.dmean, dm2, x, z, mean, w_conv, {output_mask[0], output_mask[2]});
+    }
+  }
+  Tensor dweight = no_gradient(grad);
+  if (output_mask[3]) {
+    dweight = cast(vector_like(g.dscale, [&](int64_t c) { return value(g.dscale, c) * value(norm.invstd, c); }),
+                   weight->scalar_type());
+  }
+  return {output_mask[0] ? dx : no_gradient(grad),
+          output_mask[1] ? dw_partial : no_gradient(grad),
+          output_mask[2] ? dw_conv : no_gradient(grad),
+          dweight,
+          output_mask[4] ? cast(g.dshift, bias->scalar_type()) : no_gradient(grad),
+          g.dw_pw2,
+          g.dlayer_scale,
+          g.dsample_scale};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fasternet_kernels, CPU, m) {
@@ -1021,6 +1117,8 @@ STABLE_TORCH_LIBRARY_IMPL(fasternet_kernels, CPU, m) {
   m.impl("patch_conv_backward", TORCH_BOX(&patch_conv_backward));
   m.impl("patch_stats", TORCH_BOX(&patch_stats));
   m.impl("patch_stats_backward", TORCH_BOX(&patch_stats_backward));
+  m.impl("batch_norm_layer", TORCH_BOX(&batch_norm_layer));
+  m.impl("batch_norm_layer_backward", TORCH_BOX(&batch_norm_layer_backward));
 }
 
 // What library.py asks once torch has loaded this library and registered its operators: whether they can run, and as

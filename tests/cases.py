@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,6 +76,21 @@ EDGES = [
     Case(1, 72, 4, 4, ratio=8.0),
     Case(1, 300, 4, 5, ratio=1.0),
 ]
+
+
+def taking_turns(cases, ways):
+    """(case, way) parameters: all there are, of which each case is quick in one way, in turn: the
+    stages of a network, and a stage of the networks."""
+    return [
+        pytest.param(
+            case,
+            way,
+            id=f"{case.id}-{way}",
+            marks=[pytest.mark.slow] * ((i + i // 4) % len(ways) != j),
+        )
+        for i, case in enumerate(cases)
+        for j, way in enumerate(ways)
+    ]
 
 
 def generator(seed: int = 0) -> torch.Generator:

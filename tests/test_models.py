@@ -89,7 +89,9 @@ def assert_same_weights(model, expected):
 # ---- The networks --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [*VARIANTS[:4], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[4:])]
+)
 def test_equals_timm(name):
     """Same keys in the same order, and the same answers in eval, in training and in gradients."""
     theirs = randomise(timm.create_model(name))

@@ -47,9 +47,9 @@ QUICK = {
     "blocks, sm_90": job(["block"], "9.0", "s", stages="1,2,3"),
     "blocks, sm_86": job(["block", "pconv3x3_"], "8.6", "t0,l", stages="1,3"),
     "training, sm_90": job(TRAINING, "9.0", "t0", stages="1"),
-    "TF32, sm_90": job(["block"], "9.0", "t0,l", "fp32", stages="1,3"),
 }
 LONG = {
+    "TF32, sm_90": job(["block"], "9.0", "t0,l", "fp32", stages="1,3"),
     "inference, all targets": job(INFERENCE, ALL, NETWORKS),
     "inference, small batches": job(INFERENCE, "8.6,9.0", NETWORKS, batches="1,32"),
     "training": job(TRAINING, "9.0", NETWORKS, batches="128"),

@@ -1015,7 +1015,18 @@ def backward_calls(case, dtype, fmt=torch.channels_last):
             (),
         ),
         "act_pw_residual_backward bare": ((dy, z, *vectors, w_pw2, None, None, case.act), 5, ()),
+        "batch_norm_layer_backward": (
+            *((dy, x, *layer_of(case, dtype), *with_statistics(z), 1e-5, case.act), 8),
+            (),
+        ),
     }
+
+
+def layer_of(case, dtype):
+    """The parameters of batch_norm_layer."""
+    _, _, weight, bias, w_pw2, layer, sample = training_args(case, dtype)
+    w = weights(case, dtype)
+    return w["w_partial"], w["w_pw1"], weight, bias, w_pw2, layer, sample
 
 
 BACKWARD = list(backward_calls(Case(1, 8, 2, 2), torch.float32))
@@ -1082,6 +1093,43 @@ def test_recompute(fmt, dtype):
     got = OPS.bn_act_recompute_backward(z.flip(0), x, *vectors, None, patch, *after)
     for a, b in zip(got, (z, *OPS.bn_act_backward(z.flip(0), z, *vectors, *after)), strict=True):
         assert torch.equal(a, b) and a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("part", ["block", "block, bare", "pconv_pw", "patches"])
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_layer_is_its_parts(dtype, fmt, part):
+    """batch_norm_layer and its backward: the same z to the bit, and all else as right as the other
+    ops, put together."""
+    case = Case(3, 24, 6, 4, act="gelu")
+    x = image(case, DTYPES[dtype], FORMATS[fmt])
+    partial, conv, weight, bias, *after = layer_of(case, DTYPES[dtype])
+    if part != "block":
+        weight, after = None, [after[0] if "block" in part else None, None, None]
+    if part == "patches":
+        partial, conv = None, randn(case.c_hidden, case.channels, 2, 2, seed=47, dtype=x.dtype)
+    args = (x, partial, conv, weight, bias, *after)
+    got, parts, exact = (
+        op(*a, 1e-5, case.act)
+        for op, a in (
+            (OPS.batch_norm_layer, args),
+            (reference.batch_norm_layer, args),
+            (reference.batch_norm_layer, double(args)),
+        )
+    )
+    assert all(torch.equal(a, b) for a, b in zip(got[1:], parts[1:]))
+    assert_right(got[0], exact[0], parts[0])
+    incoming = randn(*got[0].shape, seed=48, dtype=got[0].dtype)
+    mask = [isinstance(t, torch.Tensor) for t in args]
+    call = (incoming, *args, *got[1:], 1e-5, case.act, mask)
+    grads = OPS.batch_norm_layer_backward(*call)
+    parts = reference.batch_norm_layer_backward(*call)
+    exact = reference.batch_norm_layer_backward(*double(call))
+    for i, (a, b, c) in enumerate(zip(grads, exact, parts, strict=True)):
+        assert_right(a, b, c, what=f"gradient {i}")
+        assert a.stride() == c.stride()
+    again = OPS.batch_norm_layer_backward(*call[:9], None, *call[10:])  # z is not kept
+    assert all(torch.equal(a, b) for a, b in zip(grads, again))
 
 
 TRAINING = ["pw_stats", "patch_stats", "bn_act", "act_pw_residual", *BACKWARD]
@@ -1282,6 +1330,22 @@ def opcheck_samples():
                     "act_pw_residual_recompute_backward",
                     *(g, x, mean, scale, shift, partial, pw1, w_pw2, layer, sample, "gelu"),
                     [True, False, True, True, True, True, False],
+                ),
+                (
+                    "batch_norm_layer",
+                    *(x, partial, pw1, scale, shift, w_pw2, layer, sample, 1e-5, "gelu"),
+                ),
+                ("batch_norm_layer", x, None, patch, None, shift[:8], *[None] * 3, 1e-3, "silu"),
+                (
+                    "batch_norm_layer_backward",
+                    *(g, x, partial, pw1, scale, shift, w_pw2, layer, sample, z, mean, scale**2),
+                    *(1e-5, "gelu", [True, True, True, True, False, True, True, False]),
+                ),
+                (
+                    "batch_norm_layer_backward",
+                    randn(2, 8, 2, 3, seed=50, dtype=dtype),
+                    *(x, None, patch, scale[:8], None, None, None, None, None, patch_z[1]),
+                    *(patch_z[2], 1e-3, "silu", [True, False, True, True, *[False] * 4]),
                 ),
             ]:
                 samples.setdefault(name, []).append(tuple(args))

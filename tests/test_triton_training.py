@@ -20,6 +20,7 @@ from cases import (
     image,
     loop_conv,
     randn,
+    taking_turns,
     weights,
 )
 
@@ -237,8 +238,7 @@ def check(name, call):
     return got
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("case", STAGES, ids=lambda c: c.id)
+@pytest.mark.parametrize("case, dtype", taking_turns(STAGES, FLOATS))
 @pytest.mark.usefixtures("large_tiles")
 def test_stages(case, dtype):
     """Every kernel at every stage's channels of T0 to L."""

@@ -18,26 +18,31 @@ std::vector<double> conv(const std::vector<double>& x, int64_t batch, int64_t he
   // Division truncates towards zero, so an image smaller than the kernel needs its own answer: no output.
   const int64_t out_height = padded_height < kh ? 0 : (padded_height - kh) / stride_h + 1;
   const int64_t out_width = padded_width < kw ? 0 : (padded_width - kw) / stride_w + 1;
+  // The output channels of a pixel side by side, which compilers turn into vectors; each sum is in the order of K.
+  std::vector<double> taps;  // (kh, kw, channels, c_out)
+  taps.reserve(weight.size());
+  for (int64_t i = 0; i < kh * kw; ++i) {
+    for (int64_t c = 0; c < channels; ++c) {
+      for (int64_t n = 0; n < c_out; ++n) taps.push_back(weight[static_cast<size_t>((n * channels + c) * kh * kw + i)]);
+    }
+  }
   std::vector<double> y(static_cast<size_t>(batch * out_height * out_width * c_out));
-  size_t next = 0;
+  double* sums = y.data();
   for (int64_t b = 0; b < batch; ++b) {
     for (int64_t oh = 0; oh < out_height; ++oh) {
-      for (int64_t ow = 0; ow < out_width; ++ow) {
-        for (int64_t n = 0; n < c_out; ++n) {
-          double sum = 0;
-          for (int64_t i = 0; i < kh; ++i) {
-            const int64_t h = oh * stride_h + i - pad;
-            if (h < 0 || h >= height) continue;
-            for (int64_t j = 0; j < kw; ++j) {
-              const int64_t w = ow * stride_w + j - pad;
-              if (w < 0 || w >= width) continue;
-              for (int64_t c = 0; c < channels; ++c) {
-                const double value = x[static_cast<size_t>(((b * height + h) * width + w) * channels + c)];
-                sum += value * weight[static_cast<size_t>(((n * channels + c) * kh + i) * kw + j)];
-              }
+      for (int64_t ow = 0; ow < out_width; ++ow, sums += c_out) {
+        for (int64_t i = 0; i < kh; ++i) {
+          const int64_t h = oh * stride_h + i - pad;
+          if (h < 0 || h >= height) continue;
+          for (int64_t j = 0; j < kw; ++j) {
+            const int64_t w = ow * stride_w + j - pad;
+            if (w < 0 || w >= width) continue;
+            for (int64_t c = 0; c < channels; ++c) {
+              const double value = x[static_cast<size_t>(((b * height + h) * width + w) * channels + c)];
+              const double* const tap = taps.data() + ((i * kw + j) * channels + c) * c_out;
+              for (int64_t n = 0; n < c_out; ++n) sums[n] += value * tap[n];
             }
           }
-          y[next++] = sum;
         }
       }
     }

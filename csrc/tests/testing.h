@@ -467,22 +467,31 @@ struct Plain {
   static std::vector<Real> conv(const std::vector<Real>& x, const Shape& s, const std::vector<Real>& weight,
                                 int64_t c_out, int64_t kh, int64_t kw, int64_t stride_h, int64_t stride_w,
                                 int64_t pad) {
+    std::vector<Real> taps;  // output channels side by side, as in the reference
+    taps.reserve(weight.size());
+    for (int64_t i = 0; i < kh * kw; ++i) {
+      for (int64_t c = 0; c < s.channels; ++c) {
+        for (int64_t n = 0; n < c_out; ++n) {
+          taps.push_back(weight[static_cast<size_t>((n * s.channels + c) * kh * kw + i)]);
+        }
+      }
+    }
     std::vector<Real> y;
     for (int64_t b = 0; b < s.batch; ++b) {
       for (int64_t top = -pad; top + kh <= s.height + pad; top += stride_h) {
         for (int64_t left = -pad; left + kw <= s.width + pad; left += stride_w) {
-          for (int64_t n = 0; n < c_out; ++n) {
-            Real sum = 0;
-            for (int64_t i = 0; i < kh; ++i) {
-              for (int64_t j = 0; j < kw; ++j) {
-                const int64_t h = top + i, w = left + j;
-                if (h < 0 || h >= s.height || w < 0 || w >= s.width) continue;
-                const Real* pixel = x.data() + ((b * s.height + h) * s.width + w) * s.channels;
-                const Real* tap = weight.data() + (n * s.channels * kh + i) * kw + j;
-                for (int64_t c = 0; c < s.channels; ++c) sum += pixel[c] * tap[c * kh * kw];
+          y.resize(y.size() + static_cast<size_t>(c_out));
+          Real* const sums = y.data() + y.size() - c_out;
+          for (int64_t i = 0; i < kh; ++i) {
+            for (int64_t j = 0; j < kw; ++j) {
+              const int64_t h = top + i, w = left + j;
+              if (h < 0 || h >= s.height || w < 0 || w >= s.width) continue;
+              const Real* pixel = x.data() + ((b * s.height + h) * s.width + w) * s.channels;
+              const Real* tap = taps.data() + (i * kw + j) * s.channels * c_out;
+              for (int64_t c = 0; c < s.channels; ++c, tap += c_out) {
+                for (int64_t n = 0; n < c_out; ++n) sums[n] += pixel[c] * tap[n];
               }
             }
-            y.push_back(sum);
           }
         }
       }
