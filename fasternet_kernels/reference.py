@@ -626,6 +626,12 @@ def act_pw_residual_backward(
     return _results(grad, dz, dmean, dscale, dshift, dw_pw2, dlayer, dsample)
 
 
+def scale_and_shift(invstd, weight, bias) -> tuple[Tensor, Tensor]:
+    """The batch norm as (z - mean) * scale + shift."""
+    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
+    return scale, torch.zeros_like(scale) if bias is None else bias.to(scale.dtype)
+
+
 # Composed of ops, so that the compiled ones serve where there are some: z then has the same bits as
 # it had in the forward pass, and a ReLU's gradient is cut where its value was.
 
@@ -649,19 +655,19 @@ def act_pw_residual_recompute_backward(
     return z, *ops.act_pw_residual_backward(grad, z, mean, scale, shift, *others)
 
 
-def scale_and_shift(invstd, weight, bias) -> tuple[Tensor, Tensor]:
-    """The batch norm as (z - mean) * scale + shift."""
-    scale = invstd if weight is None else invstd * weight.to(invstd.dtype)
-    return scale, torch.zeros_like(scale) if bias is None else bias.to(scale.dtype)
+def _check_layer(w_partial, w_pw2) -> None:
+    if w_partial is None and w_pw2 is not None:
+        raise RuntimeError("w_pw2 needs w_partial: a layer of patches has no residual")
 
 
 def batch_norm_layer(
     x, w_partial, w_conv, weight, bias, w_pw2, layer_scale, sample_scale, eps: float, act: str
 ) -> tuple[Tensor, ...]:
+    _check_layer(w_partial, w_pw2)
     ops = torch.ops.fasternet_kernels
     stats = ops.patch_stats(x, w_conv) if w_partial is None else ops.pw_stats(x, w_partial, w_conv)
     z, mean, m2 = stats
-    scale, shift = scale_and_shift((m2 / z[:, 0].numel() + eps).rsqrt(), weight, bias)
+    scale, shift = scale_and_shift((m2 / max(z[:, 0].numel(), 1) + eps).rsqrt(), weight, bias)
     if w_pw2 is None:
         return ops.bn_act(z, mean, scale, shift, act), *stats
     return (
@@ -687,6 +693,7 @@ def batch_norm_layer_backward(
     act: str,
     output_mask: list[bool],
 ) -> tuple[Tensor, ...]:
+    _check_layer(w_partial, w_pw2)
     ops = torch.ops.fasternet_kernels
     need_x, need_partial, need_conv, need_weight, need_bias, *others = output_mask
     inner = need_x or need_partial or need_conv
@@ -695,7 +702,7 @@ def batch_norm_layer_backward(
         z = ops.patch_conv(x, w_conv, None, None, True)
     elif z is None:
         z = ops.pw_stats(x, w_partial, w_conv)[0]
-    pixels = z[:, 0].numel()
+    pixels = max(z[:, 0].numel(), 1)
     invstd = (m2 / pixels + eps).rsqrt()
     scale, shift = scale_and_shift(invstd, weight, bias)
     first, mask = (grad, z, mean, scale, shift), [inner, inner, sums, sums]

@@ -11,6 +11,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <string>
@@ -997,48 +998,70 @@ std::tuple<Tensor, Tensor> patch_stats_backward(Tensor dz, Tensor dmean, Tensor 
 
 // ---- A layer of training as one op ----------------------------------------------------------------------------------
 
-// Element c of a dense vector in a compute type, and a vector like it of what f gives for each c.
-double value(const Tensor& t, int64_t c) {
-  return t.scalar_type() == ScalarType::Double ? static_cast<const double*>(t.const_data_ptr())[c]
-                                               : static_cast<const float*>(t.const_data_ptr())[c];
-}
+// f(T()) for the compute type T of t.
 template <class F>
-Tensor vector_like(const Tensor& like, const F& f) {
-  Tensor t = empty_like(like, like.scalar_type());
-  void* const data = t.mutable_data_ptr();
-  for (int64_t c = 0; c < t.numel(); ++c) {
-    if (t.scalar_type() == ScalarType::Double) {
-      static_cast<double*>(data)[c] = f(c);
-    } else {
-      static_cast<float*>(data)[c] = static_cast<float>(f(c));
-    }
-  }
-  return t;
+void with_compute_type(const Tensor& t, const F& f) {
+  t.scalar_type() == ScalarType::Double ? f(double()) : f(float());
+}
+template <class T>
+const T* elements(const Tensor& t) {
+  return static_cast<const T*>(t.const_data_ptr());
 }
 
-// The batch norm of a layer: (z - mean) * scale + shift, scale = weight * invstd.
+// The batch norm of a layer: (z - mean) * scale + shift, scale = weight * invstd. Every vector in m2's type.
 struct LayerNorm {
   double pixels;
   Tensor invstd, scale, shift;
 
   LayerNorm(const Tensor& z, const Tensor& m2, double eps, const OptionalTensor& weight, const OptionalTensor& bias)
-      : pixels(static_cast<double>(z.size(0) * z.size(2) * z.size(3))),
-        invstd(vector_like(m2, [&](int64_t c) { return 1 / std::sqrt(value(m2, c) / pixels + eps); })),
+      : pixels(static_cast<double>(std::max<int64_t>(z.size(0) * z.size(2) * z.size(3), 1))),
+        invstd(empty_like(m2, m2.scalar_type())),
         scale(invstd),
         shift(bias ? dense(*bias, m2.scalar_type()) : filled(m2.size(0), 0, m2, m2.scalar_type())) {
     check_size(m2, "m2", {z.size(1)});
     check_size(weight, "weight", {z.size(1)});
     check_size(bias, "bias", {z.size(1)});
-    if (!weight) return;
-    const Tensor factor = dense(*weight, m2.scalar_type());
-    scale = vector_like(m2, [&](int64_t c) { return value(invstd, c) * value(factor, c); });
+    const OptionalTensor factors = dense(weight, m2.scalar_type());
+    if (factors) scale = empty_like(m2, m2.scalar_type());
+    with_compute_type(m2, [&](auto zero) {
+      using T = decltype(zero);
+      const T *const sums = elements<T>(m2), *const factor = factors ? elements<T>(*factors) : nullptr;
+      T *const to = static_cast<T*>(invstd.mutable_data_ptr()), *const scaled =
+                                                                    static_cast<T*>(scale.mutable_data_ptr());
+      for (int64_t c = 0, n = m2.numel(); c < n; ++c) {
+        to[c] = static_cast<T>(1 / std::sqrt(static_cast<double>(sums[c]) / pixels + eps));
+        if (factor) scaled[c] = to[c] * factor[c];
+      }
+    });
+  }
+  // The gradients of weight and of m2 from that of scale.
+  void gradients(const Tensor& dscale, Tensor* dweight, Tensor* dm2) const {
+    *dweight = empty_like(dscale, dscale.scalar_type());
+    *dm2 = empty_like(dscale, dscale.scalar_type());
+    with_compute_type(dscale, [&](auto zero) {
+      using T = decltype(zero);
+      const T *const from = elements<T>(dscale), *const inverse = elements<T>(invstd),
+                     *const factor = elements<T>(scale);
+      T *const to_weight = static_cast<T*>(dweight->mutable_data_ptr()), *const to_m2 =
+                                                                             static_cast<T*>(dm2->mutable_data_ptr());
+      const T share = static_cast<T>(-0.5 / pixels);
+      for (int64_t c = 0, n = dscale.numel(); c < n; ++c) {
+        to_weight[c] = from[c] * inverse[c];
+        to_m2[c] = to_weight[c] * inverse[c] * factor[c] * share;
+      }
+    });
   }
 };
+
+void check_layer(const OptionalTensor& w_partial, const OptionalTensor& w_pw2) {
+  STD_TORCH_CHECK(w_partial || !w_pw2, "fasternet_kernels: w_pw2 needs w_partial: a layer of patches has no residual");
+}
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_layer(Tensor x, OptionalTensor w_partial, Tensor w_conv,
                                                             OptionalTensor weight, OptionalTensor bias,
                                                             OptionalTensor w_pw2, OptionalTensor layer_scale,
                                                             OptionalTensor sample_scale, double eps, std::string act) {
+  check_layer(w_partial, w_pw2);
   const auto [z, mean, m2] = w_partial ? pw_stats(x, *w_partial, w_conv) : patch_stats(x, w_conv);
   const LayerNorm norm(z, m2, eps, weight, bias);
   const Tensor y = w_pw2 ? act_pw_residual(x, z, mean, norm.scale, norm.shift, *w_pw2, layer_scale, sample_scale, act)
@@ -1051,6 +1074,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch
     OptionalTensor w_pw2, OptionalTensor layer_scale, OptionalTensor sample_scale, OptionalTensor kept_z, Tensor mean,
     Tensor m2, double eps, std::string act, std::vector<bool> output_mask) {
   check_mask(output_mask, 8);
+  check_layer(w_partial, w_pw2);
+  const OptionalTensor parameters[] = {w_partial, w_conv, weight, bias, w_pw2, layer_scale, sample_scale};
+  for (size_t i = 0; i < 7; ++i) {
+    STD_TORCH_CHECK(!output_mask[i + 1] || parameters[i], "fasternet_kernels: output_mask asks for entry ", i + 1,
+                    ", a parameter that is not there");
+  }
   const Tensor z = kept_z      ? *kept_z
                    : w_partial ? std::get<0>(pw_stats(x, *w_partial, w_conv))
                                : patch_conv(x, w_conv, std::nullopt, std::nullopt, true);
@@ -1060,12 +1089,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch
   const LayerNorm norm(z, dense(m2, compute_type(m2.scalar_type())), eps, weight, bias);
   const ActGradients g = act_gradients(grad, z, mean, norm.scale, norm.shift, w_pw2, layer_scale, sample_scale, act,
                                        {inner, inner, sums, sums, output_mask[5], output_mask[6], output_mask[7]});
-  Tensor dx = no_gradient(grad), dw_partial = dx, dw_conv = dx;
+  Tensor dx = no_gradient(grad), dw_partial = dx, dw_conv = dx, dweight = dx, dm2 = dx;
+  if (sums) norm.gradients(g.dscale, &dweight, &dm2);
   if (inner) {
-    const Tensor dm2 = vector_like(g.dscale, [&](int64_t c) {
-      const double inverse = value(norm.invstd, c);
-      return value(g.dscale, c) * inverse * inverse * value(norm.scale, c) * (-0.5 / norm.pixels);
-    });
     if (w_partial) {
       std::tie(dx, dw_partial, dw_conv) = pw_stats_backward(g.dz, g.dmean, dm2, x, z, mean, *w_partial, w_conv,
                                                             {output_mask[0], output_mask[1], output_mask[2]},
@@ -1075,15 +1101,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch
           patch_stats_backward(g.dz, g.dmean, dm2, x, z, mean, w_conv, {output_mask[0], output_mask[2]});
     }
   }
-  Tensor dweight = no_gradient(grad);
-  if (output_mask[3]) {
-    dweight = cast(vector_like(g.dscale, [&](int64_t c) { return value(g.dscale, c) * value(norm.invstd, c); }),
-                   weight->scalar_type());
-  }
   return {output_mask[0] ? dx : no_gradient(grad),
           output_mask[1] ? dw_partial : no_gradient(grad),
           output_mask[2] ? dw_conv : no_gradient(grad),
-          dweight,
+          output_mask[3] ? cast(dweight, weight->scalar_type()) : no_gradient(grad),
           output_mask[4] ? cast(g.dshift, bias->scalar_type()) : no_gradient(grad),
           g.dw_pw2,
           g.dlayer_scale,

@@ -79,8 +79,8 @@ EDGES = [
 
 
 def taking_turns(cases, ways):
-    """(case, way) parameters: all there are, of which each case is quick in one way, in turn: the
-    stages of a network, and a stage of the networks."""
+    """(case, way) parameters, all there are. Each case is quick in one of the ways, which changes
+    from stage to stage and from network to network; in the others it is slow."""
     return [
         pytest.param(
             case,

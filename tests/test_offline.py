@@ -2,11 +2,11 @@
 spills, tensor-core instructions, 16-byte loads, no more shared memory than the device has.
 
 `make test` compiles, at batch 256 in bfloat16, inference of T0 and L and blocks of S for sm_90,
-blocks and the in-place PConv of T0 and L for sm_86, which has less shared memory, training of T0's
-first stage, and in float32 (TF32) a few blocks. It leaves out T1, T2 and M, one stage or two of the
-others, float16, small batches and the other targets. `make test-all` has inference of all networks
-and stages for all six targets, small batches, float16 and float32 for two of them, and training of
-all networks for sm_90. What is left out there too, `python -m bench.offline` compiles: all of it is
+blocks and the in-place PConv of T0 and L for sm_86, which has less shared memory, and training of
+T0's first stage. It leaves out T1, T2 and M, one stage or two of the others, float16 and float32
+(TF32), small batches and the other targets. `make test-all` has inference of all networks and
+stages for all six targets, small batches, float16 and float32 for two of them, and training of all
+networks for sm_90. What is left out there too, `python -m bench.offline` compiles: all of it is
 many thousand kernels.
 
 The compiler runs in processes of their own: in this one Triton may be its interpreter.
@@ -49,7 +49,6 @@ QUICK = {
     "training, sm_90": job(TRAINING, "9.0", "t0", stages="1"),
 }
 LONG = {
-    "TF32, sm_90": job(["block"], "9.0", "t0,l", "fp32", stages="1,3"),
     "inference, all targets": job(INFERENCE, ALL, NETWORKS),
     "inference, small batches": job(INFERENCE, "8.6,9.0", NETWORKS, batches="1,32"),
     "training": job(TRAINING, "9.0", NETWORKS, batches="128"),

@@ -1,6 +1,8 @@
 """Every op against float64: forward, gradients, layouts, special values, and that the bits do not
 move."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -1095,22 +1097,38 @@ def test_recompute(fmt, dtype):
         assert torch.equal(a, b) and a.stride() == b.stride()
 
 
-@pytest.mark.parametrize("part", ["block", "block, bare", "pconv_pw", "patches"])
+def layers(batch=3):
+    """name -> arguments of batch_norm_layer but eps and act, from the dtypes of x and of the
+    convolutions and the memory format of x."""
+    case = Case(batch, 24, 6, 4)
+
+    def make(part, dtype, weight_dtype, fmt):
+        x = image(case, dtype, fmt)
+        partial, conv, weight, bias, pw2, *scales = layer_of(case, weight_dtype)
+        if part == "patches":
+            partial = pw2 = None
+            conv = randn(case.c_hidden, case.channels, 2, 2, seed=47, dtype=weight_dtype)
+        if part != "block":
+            weight, scales = None, (None, None)
+        if part == "bare":
+            bias = None
+        return x, partial, conv, weight, bias, None if part == "pconv_pw" else pw2, *scales
+
+    return {
+        part: functools.partial(make, part) for part in ("block", "bare", "pconv_pw", "patches")
+    }
+
+
+@pytest.mark.parametrize("part", layers())
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", [*DTYPES, "fp32 x, bf16", "fp32 x, fp16"])
 def test_a_layer_is_its_parts(dtype, fmt, part):
     """batch_norm_layer and its backward: the same z to the bit, and all else as right as the other
     ops, put together."""
-    case = Case(3, 24, 6, 4, act="gelu")
-    x = image(case, DTYPES[dtype], FORMATS[fmt])
-    partial, conv, weight, bias, *after = layer_of(case, DTYPES[dtype])
-    if part != "block":
-        weight, after = None, [after[0] if "block" in part else None, None, None]
-    if part == "patches":
-        partial, conv = None, randn(case.c_hidden, case.channels, 2, 2, seed=47, dtype=x.dtype)
-    args = (x, partial, conv, weight, bias, *after)
+    dtypes = [DTYPES[name] for name in dtype.replace(" x", "").split(", ")]
+    args = layers()[part](dtypes[0], dtypes[-1], FORMATS[fmt])
     got, parts, exact = (
-        op(*a, 1e-5, case.act)
+        op(*a, 1e-5, "gelu")
         for op, a in (
             (OPS.batch_norm_layer, args),
             (reference.batch_norm_layer, args),
@@ -1121,15 +1139,63 @@ def test_a_layer_is_its_parts(dtype, fmt, part):
     assert_right(got[0], exact[0], parts[0])
     incoming = randn(*got[0].shape, seed=48, dtype=got[0].dtype)
     mask = [isinstance(t, torch.Tensor) for t in args]
-    call = (incoming, *args, *got[1:], 1e-5, case.act, mask)
-    grads = OPS.batch_norm_layer_backward(*call)
-    parts = reference.batch_norm_layer_backward(*call)
-    exact = reference.batch_norm_layer_backward(*double(call))
-    for i, (a, b, c) in enumerate(zip(grads, exact, parts, strict=True)):
-        assert_right(a, b, c, what=f"gradient {i}")
-        assert a.stride() == c.stride()
-    again = OPS.batch_norm_layer_backward(*call[:9], None, *call[10:])  # z is not kept
-    assert all(torch.equal(a, b) for a, b in zip(grads, again))
+    for grad in (incoming, torch.stack((incoming, incoming), dim=-1)[..., 0]):
+        call = (grad, *args, *got[1:], 1e-5, "gelu", mask)
+        grads = OPS.batch_norm_layer_backward(*call)
+        parts = reference.batch_norm_layer_backward(*call)
+        exact = reference.batch_norm_layer_backward(*double(call))
+        for i, (a, b, c) in enumerate(zip(grads, exact, parts, strict=True)):
+            assert_right(a, b, c, what=f"gradient {i}")
+            assert a.stride() == c.stride()
+        again = OPS.batch_norm_layer_backward(*call[:9], None, *call[10:])  # z is not kept
+        assert all(torch.equal(a, b) for a, b in zip(grads, again))
+
+
+@pytest.mark.parametrize("part", layers())
+def test_a_layer_of_an_empty_batch(part):
+    args = layers(batch=0)[part](*[torch.float32] * 2, torch.channels_last)
+    y, z, mean, m2 = OPS.batch_norm_layer(*args, 1e-5, "relu")
+    assert y.numel() == z.numel() == 0
+    mask = [isinstance(t, torch.Tensor) for t in args]
+    call = (y, *args, z, torch.zeros_like(mean), m2, 1e-5, "relu", mask)
+    for backward in (OPS.batch_norm_layer_backward, reference.batch_norm_layer_backward):
+        for g, t in zip(backward(*call), args, strict=True):
+            assert t is None or (g.shape == t.shape and not g.any())
+
+
+def test_misuse_of_a_layer():
+    args = layers()["block"](*[torch.float32] * 2, torch.channels_last)
+    for op in (OPS.batch_norm_layer, reference.batch_norm_layer):
+        with pytest.raises(RuntimeError, match="w_pw2 needs w_partial"):
+            op(args[0], None, *args[2:], 1e-5, "relu")
+    bare = layers()["bare"](*[torch.float32] * 2, torch.channels_last)
+    y, *rest = OPS.batch_norm_layer(*bare, 1e-5, "relu")
+    for i in (3, 4, 6, 7):
+        mask = [j == i for j in range(8)]
+        with pytest.raises(RuntimeError, match=f"entry {i}, a parameter that is not there"):
+            OPS.batch_norm_layer_backward(y, *bare, *rest, 1e-5, "relu", mask)
+
+
+@pytest.mark.parametrize("part", layers())
+def test_flops_of_a_layer(part):
+    """As its parts, put together, count."""
+    args = layers()[part](*[torch.float32] * 2, torch.channels_last)
+    y, z, mean, m2 = OPS.batch_norm_layer(*args, 1e-5, "relu")
+    there = [isinstance(t, torch.Tensor) for t in args]
+    calls = [("batch_norm_layer", (*args, 1e-5, "relu"))]
+    for bits in range(256):
+        mask = [there[i] and bool(bits >> i & 1) for i in range(8)]
+        for kept in (z, None):
+            calls.append(
+                ("batch_norm_layer_backward", (y, *args, kept, mean, m2, 1e-5, "relu", mask))
+            )
+    for name, call in calls:
+        counts = []
+        for op in (getattr(OPS, name), getattr(reference, name)):
+            with FlopCounterMode(display=False) as counter:
+                op(*call)
+            counts.append(counter.get_total_flops())
+        assert counts[0] == counts[1], call[-1]
 
 
 TRAINING = ["pw_stats", "patch_stats", "bn_act", "act_pw_residual", *BACKWARD]

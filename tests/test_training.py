@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fasternet_kernels as fk
+from fasternet_kernels import training
 
 # Relative, in float64: what a step or a run computed differently would show at all is far above,
 # rounding far below. The bound of the long run's losses at the end of this file.
@@ -104,8 +105,17 @@ def graph(*outputs):
     return seen
 
 
+@pytest.fixture(params=["one op", "halves"])
+def way(request, monkeypatch):
+    """A layer as one op, or in the two halves between which processes share statistics and which
+    torch.compile and GPUs take."""
+    if request.param == "halves":
+        monkeypatch.setattr(training, "_WHOLE", ())
+    return request.param
+
+
 @pytest.mark.parametrize("lean", [False, True])
-def test_nothing_is_kept_outside_save_for_backward(lean):
+def test_nothing_is_kept_outside_save_for_backward(lean, way):
     """Where hooks on saved tensors, checkpointing and the free after backward would miss it."""
     _, fast = twins(partial(small, drop_path_rate=0.3, layer_scale_init_value=0.5), lean=lean)
     x, _ = batch()
@@ -119,7 +129,8 @@ def test_nothing_is_kept_outside_save_for_backward(lean):
         for name, value in getattr(node, "__dict__", {}).items():
             values = value if isinstance(value, (tuple, list)) else [value]
             assert not any(isinstance(v, torch.Tensor) for v in values), (node, name)
-    assert sum(type(n).__name__ == "_LayerBackward" for n in nodes) == 6
+    layer = "_LayerBackward" if way == "one op" else "_FromStatisticsBackward"
+    assert sum(type(n).__name__ == layer for n in nodes) == 6
 
 
 def weights_of_a_block():
@@ -202,7 +213,7 @@ def test_a_large_mean():
 
 @pytest.mark.parametrize("frozen", ["norms", "weights", "all but the head", "stem"])
 @pytest.mark.parametrize("lean", [False, True])
-def test_frozen(frozen, lean):
+def test_frozen(frozen, lean, way):
     """Only the gradients that are wanted, and running statistics only where they move."""
     plain, fast = twins(lean=lean)
     for model in (plain, fast):
@@ -368,7 +379,7 @@ PROCEDURES = {
 
 @pytest.mark.parametrize("lean", [False, True], ids=["usual", "lean"])
 @pytest.mark.parametrize("name", PROCEDURES)
-def test_procedures(name, lean):
+def test_procedures(name, lean, way):
     plain, fast = twins(lean=lean)
     results = [PROCEDURES[name](model) or [] for model in (fast, plain)]
     for a, b in zip(*results, strict=True):
@@ -429,7 +440,7 @@ def compiled_step(backend, lean):
 @pytest.mark.parametrize(
     "make", [partial(fk.FasterNetBlock, 24), partial(fk.PConvPW, 24, 40)], ids=["block", "pconv_pw"]
 )
-def test_misuse(make, lean):
+def test_misuse(make, lean, way):
     model = make(lean=lean).double()
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         model(torch.ones(1, 24, 1, 1, dtype=torch.float64))
