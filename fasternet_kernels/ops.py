@@ -565,7 +565,10 @@ for _name in (
     "network",
 ):
     _not_differentiable(_name, _PACKED)
-_not_differentiable("batch_norm_layer", "its gradient is that of a layer: see training.py")
+_not_differentiable(
+    "batch_norm_layer",
+    "the raw op carries no gradient; call fasternet_kernels.training.batch_norm_layer",
+)
 for _name in SCHEMAS:
     if _name.endswith("_backward"):
         _not_differentiable(_name, "second derivatives are not supported")
@@ -836,26 +839,8 @@ def _(x, w_partial, w_conv, weight, bias, w_pw2, *args, out_shape=None, **kwargs
 
 
 @_flops("batch_norm_layer_backward")
-def _(
-    grad,
-    x,
-    w_partial,
-    w_conv,
-    weight,
-    bias,
-    w_pw2,
-    layer,
-    sample,
-    z,
-    mean,
-    m2,
-    eps,
-    act,
-    output_mask,
-    *args,
-    out_shape=None,
-    **kwargs,
-) -> int:
+def _(grad, x, *rest, out_shape=None, **kwargs) -> int:
+    w_partial, w_conv, _weight, _bias, w_pw2, _layer, _sample, z, *_, output_mask = rest
     need_x, need_partial, need_conv, need_weight, need_bias, *others = output_mask
     if w_partial is None:
         products = need_x + need_conv + (z is None)

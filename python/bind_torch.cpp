@@ -1009,11 +1009,11 @@ const T* elements(const Tensor& t) {
 }
 
 // The batch norm of a layer: (z - mean) * scale + shift, scale = weight * invstd. Every vector in m2's type.
-struct LayerNorm {
+struct BatchNorm {
   double pixels;
   Tensor invstd, scale, shift;
 
-  LayerNorm(const Tensor& z, const Tensor& m2, double eps, const OptionalTensor& weight, const OptionalTensor& bias)
+  BatchNorm(const Tensor& z, const Tensor& m2, double eps, const OptionalTensor& weight, const OptionalTensor& bias)
       : pixels(static_cast<double>(std::max<int64_t>(z.size(0) * z.size(2) * z.size(3), 1))),
         invstd(empty_like(m2, m2.scalar_type())),
         scale(invstd),
@@ -1063,7 +1063,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_layer(Tensor x, OptionalTe
                                                             OptionalTensor sample_scale, double eps, std::string act) {
   check_layer(w_partial, w_pw2);
   const auto [z, mean, m2] = w_partial ? pw_stats(x, *w_partial, w_conv) : patch_stats(x, w_conv);
-  const LayerNorm norm(z, m2, eps, weight, bias);
+  const BatchNorm norm(z, m2, eps, weight, bias);
   const Tensor y = w_pw2 ? act_pw_residual(x, z, mean, norm.scale, norm.shift, *w_pw2, layer_scale, sample_scale, act)
                          : bn_act(z, mean, norm.scale, norm.shift, act);
   return {y, z, mean, m2};
@@ -1086,7 +1086,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> batch
   check_image(z);
   const bool inner = output_mask[0] || output_mask[1] || output_mask[2];
   const bool sums = inner || output_mask[3] || output_mask[4];
-  const LayerNorm norm(z, dense(m2, compute_type(m2.scalar_type())), eps, weight, bias);
+  const BatchNorm norm(z, dense(m2, compute_type(m2.scalar_type())), eps, weight, bias);
   const ActGradients g = act_gradients(grad, z, mean, norm.scale, norm.shift, w_pw2, layer_scale, sample_scale, act,
                                        {inner, inner, sums, sums, output_mask[5], output_mask[6], output_mask[7]});
   Tensor dx = no_gradient(grad), dw_partial = dx, dw_conv = dx, dweight = dx, dm2 = dx;
