@@ -542,6 +542,8 @@ struct Gemm {
   int64_t c_in_stride;
   T* c;  // column n_begin of row 0
   int64_t c_stride;
+  T* sums;  // like c: where passes but the last leave their sums; null: in c
+  int64_t sums_stride;
   bool shift;
   Act act;
   const T* residual;  // like c
@@ -598,8 +600,10 @@ void gemm(const Gemm<T>& g) {
       begin = end;
     }
     m.b_panel = g.b->panel_stride();
-    m.c_in_stride = first_pass ? g.c_in_stride : g.c_stride;
-    m.c_stride = g.c_stride;
+    T* const sums = g.sums ? g.sums : g.c;
+    const int64_t sums_stride = g.sums ? g.sums_stride : g.c_stride;
+    m.c_in_stride = first_pass ? g.c_in_stride : sums_stride;
+    m.c_stride = last ? g.c_stride : sums_stride;
     m.relu = last && g.act == Act::kRelu;
     m.residual_stride = g.residual_stride;
     for (int64_t n = g.n_begin; n < g.n_end;) {
@@ -643,8 +647,9 @@ void gemm(const Gemm<T>& g) {
             m.a[s] = a ? a + first * m.a_stride[s] + offset[s] : nullptr;
           }
           const int64_t row = run.row + first;
-          m.c = g.c + row * g.c_stride + column;
-          m.c_in = !first_pass ? m.c : g.c_in ? g.c_in + row * g.c_in_stride + column : nullptr;
+          m.c = (last ? g.c : sums) + row * m.c_stride + column;
+          const T* const before = first_pass ? g.c_in : sums;
+          m.c_in = before ? before + row * m.c_in_stride + column : nullptr;
           m.residual = last && g.residual ? g.residual + row * g.residual_stride + column : nullptr;
           tile.rows[rows](m);
           if (last && late_act) activate(g.act, m.c, g.c_stride, rows, width);

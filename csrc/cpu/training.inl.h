@@ -543,41 +543,63 @@ void pack_conv3x3(const WeightView<const S>& w, bool transposed, int64_t n0, int
 }
 // ---- Products along pixels ------------------------------------------------------------------------------------------
 
-// c[kRows][kVecs vectors] (+)= sum over pixels of a[pixel][row] * b[pixel][column]. Each pixel fetches a cache line
-// from `prefetch` on, `prefetch_step` bytes apart.
+// c[kRows][kVecs vectors] = before + sum over pixels of a[pixel][row] * b[pixel][column]; before may be c, or null for
+// zeros. The sum is of chains of additions, `chain` pixels long. Each pixel fetches a cache line from `prefetch` on,
+// `prefetch_step` bytes apart.
+template <class T>
+struct Outer {
+  const T* a;
+  int64_t a_stride;
+  const T* b;
+  int64_t b_stride;
+  int64_t pixels, chain;
+  const T* before;
+  int64_t before_stride;
+  T* c;
+  int64_t c_stride;
+  const char* prefetch;
+  int64_t prefetch_step;
+};
 template <class T, int kRows, int kVecs>
-void outer(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t pixels, bool add, T* c, int64_t c_stride,
-           const char* prefetch, int64_t prefetch_step) {
+void outer(const Outer<T>& o) {
   using V = typename VecOf<T, FASTERNET_VECTOR_BYTES>::type;
   constexpr int kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
-  V acc[kRows][kVecs];
-  FASTERNET_UNROLL
-  for (int r = 0; r < kRows; ++r) {
-    FASTERNET_UNROLL
-    for (int j = 0; j < kVecs; ++j) acc[r][j] = V{};
-  }
-  for (int64_t p = 0; p < pixels; ++p, a += a_stride, b += b_stride, prefetch += prefetch_step) {
-    __builtin_prefetch(prefetch, 0, 2);
-    V w[kVecs];
-    FASTERNET_UNROLL
-    for (int j = 0; j < kVecs; ++j) w[j] = load<V>(b + j * kLanes);
+  const T *a = o.a, *b = o.b, *before = o.before;
+  int64_t before_stride = o.before_stride;
+  const char* prefetch = o.prefetch;
+  for (int64_t left = o.pixels; left > 0; left -= o.chain) {
+    V acc[kRows][kVecs];
     FASTERNET_UNROLL
     for (int r = 0; r < kRows; ++r) {
-      const bool from_memory = kFmaFromMemory && r % 3 == 0;  // more would be too many loads, as in micro
-      const V factor = from_memory ? V{} : a[r] - V{};
       FASTERNET_UNROLL
-      for (int j = 0; j < kVecs; ++j) {
-        from_memory ? multiply_add_from(acc[r][j], w[j], a + r) : multiply_add(acc[r][j], w[j], factor);
+      for (int j = 0; j < kVecs; ++j) acc[r][j] = V{};
+    }
+    const int64_t pixels = clip(o.chain, left);
+    for (int64_t p = 0; p < pixels; ++p, a += o.a_stride, b += o.b_stride, prefetch += o.prefetch_step) {
+      __builtin_prefetch(prefetch, 0, 2);
+      V w[kVecs];
+      FASTERNET_UNROLL
+      for (int j = 0; j < kVecs; ++j) w[j] = load<V>(b + j * kLanes);
+      FASTERNET_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        const bool from_memory = kFmaFromMemory && r % 3 == 0;  // more would be too many loads, as in micro
+        const V factor = from_memory ? V{} : a[r] - V{};
+        FASTERNET_UNROLL
+        for (int j = 0; j < kVecs; ++j) {
+          from_memory ? multiply_add_from(acc[r][j], w[j], a + r) : multiply_add(acc[r][j], w[j], factor);
+        }
       }
     }
-  }
-  FASTERNET_UNROLL
-  for (int r = 0; r < kRows; ++r) {
     FASTERNET_UNROLL
-    for (int j = 0; j < kVecs; ++j) {
-      T* const to = c + r * c_stride + j * kLanes;
-      store(to, add ? acc[r][j] + load<V>(to) : acc[r][j]);
+    for (int r = 0; r < kRows; ++r) {
+      FASTERNET_UNROLL
+      for (int j = 0; j < kVecs; ++j) {
+        const V sum = before ? acc[r][j] + load<V>(before + r * before_stride + j * kLanes) : acc[r][j];
+        store(o.c + r * o.c_stride + j * kLanes, sum);
+      }
     }
+    before = o.c;
+    before_stride = o.c_stride;
   }
 }
 
@@ -588,11 +610,9 @@ constexpr int outer_rows(int vecs) {
   if (FASTERNET_VECTOR_BYTES == 64) return vecs == 4 ? 6 : vecs == 3 ? 9 : 12;
   return vecs == 3 ? 4 : 6;
 }
-template <class T>
-using Outer = void (*)(const T*, int64_t, const T*, int64_t, int64_t, bool, T*, int64_t, const char*, int64_t);
 template <class T, int kVecs>
 struct OuterTable {
-  Outer<T> rows[outer_rows(kVecs) + 1];
+  void (*rows[outer_rows(kVecs) + 1])(const Outer<T>&);
   constexpr OuterTable() : rows() { fill<1>(); }
   template <int kRows>
   constexpr void fill() {
@@ -608,7 +628,7 @@ template <class T>
 struct OuterTile {
   int64_t vectors;
   int most_rows;
-  const Outer<T>* rows;
+  void (*const* rows)(const Outer<T>&);
 };
 template <class T>
 OuterTile<T> outer_tile(int64_t left) {
@@ -618,26 +638,43 @@ OuterTile<T> outer_tile(int64_t left) {
   return {1, outer_rows(1), kOuter<T, 1>.rows};
 }
 
-// c[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], at most kOuterDepth pixels at a time, which keeps the
-// rounding error of many pixels near that of a few. n is whole panels. While it runs it fetches what lies ahead.
+// c[m][n] = before + sum over pixels of a[pixel][m] * b[pixel][n]; before as for `outer`. n is whole panels. Chains of
+// additions are kOuterDepth long at most, which keeps the rounding error of many pixels near that of a few. While it
+// runs it fetches what lies ahead.
 constexpr int64_t kOuterDepth = kTilePixels / 2;
 constexpr int64_t kShortRow = 24;  // pixels that are too few for reading and writing c
 template <class T>
+struct Sums {
+  const T* before;
+  int64_t before_stride;
+  T* c;
+  int64_t c_stride;
+};
+template <class T>
 void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t pixels,
-                  bool add, T* c, int64_t c_stride, Ahead* ahead = nullptr) {
+                  const Sums<T>& sums, Ahead* ahead = nullptr) {
   constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
+  if (pixels <= 0) return;
+  Outer<T> o = {};
+  o.a_stride = a_stride;
+  o.b_stride = b_stride;
+  o.pixels = pixels;
+  o.chain = ceil_div(pixels, ceil_div(pixels, kOuterDepth));
+  o.before_stride = sums.before_stride;
+  o.c_stride = sums.c_stride;
   for (int64_t j = 0; j < n;) {
     const OuterTile<T> tile = outer_tile<T>((n - j) / kLanes);
-    const int64_t groups = ceil_div(m, tile.most_rows), passes = ceil_div(pixels, kOuterDepth);
+    const int64_t groups = ceil_div(m, tile.most_rows);
+    o.b = b + j;
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t row = i * m / groups, rows = (i + 1) * m / groups - row;
-      for (int64_t pass = 0; pass < passes; ++pass) {
-        const int64_t p0 = pass * pixels / passes, p1 = (pass + 1) * pixels / passes;
-        const char* const fetch = ahead ? ahead->take((p1 - p0) * kPanelBytes) : nullptr;
-        tile.rows[rows](a + row + p0 * a_stride, a_stride, b + j + p0 * b_stride, b_stride, p1 - p0, pass > 0 || add,
-                        c + row * c_stride + j, c_stride, fetch ? fetch : reinterpret_cast<const char*>(b),
-                        fetch ? kPanelBytes : 0);
-      }
+      const char* const fetch = ahead ? ahead->take(pixels * kPanelBytes) : nullptr;
+      o.a = a + row;
+      o.before = sums.before ? sums.before + row * sums.before_stride + j : nullptr;
+      o.c = sums.c + row * sums.c_stride + j;
+      o.prefetch = fetch ? fetch : reinterpret_cast<const char*>(b);
+      o.prefetch_step = fetch ? kPanelBytes : 0;
+      tile.rows[rows](o);
     }
     j += tile.vectors * kLanes;
   }
@@ -862,10 +899,11 @@ void pw_stats_as(const PwStats& args, const ParallelFor& parallel) {
                   S* const z_tile = z + pixel * c_out + b0;
                   bool direct = false;
                   if constexpr (Same<S, T>::value) {
-                    direct = part.n == part.n_padded && !passes_in_scratch;
+                    direct = part.n == part.n_padded;
                     if (direct) {
                       g.c = z_tile;
                       g.c_stride = c_out;
+                      if (passes_in_scratch) g.sums = out, g.sums_stride = out_stride;
                     }
                   }
                   gemm(g);
@@ -1072,6 +1110,9 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
       const int64_t columns = clip(b0 + block, n1) - b0;
       T* const product = direct ? own : products + chunk * channels * product_stride + b0;
       const int64_t stride = direct ? hidden_stride : product_stride;
+      // The last tile's sums are dw.
+      const bool straight = dw && direct && Same<S, T>::value && !layer_scale && columns % panel_width<T>() == 0 &&
+                            tiling.tiles > 0;
       // da = g * w_pw2, g scaled by layer_scale through the weights and by sample_scale afterwards.
       if (w && need_da) pack_operand<S, T>(w + b0, 1, c_hidden, columns, channels, nullptr, layer_scale, packed);
       const Packed<T> part(packed, columns, channels);
@@ -1148,11 +1189,15 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
           if (copies && !copied_once) {
             copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, factors, g_rows, g_stride);
           }
-          add_products<T>(g, row_stride, channels, a, hidden_stride, round_up(columns, panel_width<T>()), pixels,
-                          i > chunks.begin(chunk), product, stride, &ahead);
+          Sums<T> sums = {i > chunks.begin(chunk) ? product : nullptr, stride, product, stride};
+          if constexpr (Same<S, T>::value) {
+            if (straight && i + 1 == chunks.begin(chunk + 1)) sums.c = dw + b0, sums.c_stride = c_hidden;
+          }
+          add_products<T>(g, row_stride, channels, a, hidden_stride, round_up(columns, panel_width<T>()), pixels, sums,
+                          &ahead);
         }
       }
-      for (int64_t c = 0; dw && direct && c < channels; ++c) {
+      for (int64_t c = 0; dw && direct && !straight && c < channels; ++c) {
         if (tiling.tiles == 0) clear(own + c * hidden_stride, columns);
         copy_rows<T, S>(own + c * hidden_stride, 0, 1, columns,
                         layer_scale ? layer_scale + c : static_cast<const T*>(nullptr), dw + c * c_hidden + b0, 0);
@@ -1268,6 +1313,7 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
         const T* const du_tile = args.du + t.pixel(width) * du_stride + n0;
         load_padded_tile<S, T>(x, c_partial, extent, t, padded);
         for (int64_t tap = 0; tap < 3; ++tap) {
+          T* const sum = product + tap * tap_stride;
           for (int64_t row = t.row0; row < t.row1; ++row) {
             const int64_t y = row % height + tap - 1, pixel = (row - t.row0) * columns;
             const bool inside = y >= 0 && y < height;
@@ -1277,12 +1323,12 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
                               patches + pixel * patch_stride, patch_stride);
             } else if (inside) {
               add_products<T>(du_tile + pixel * du_stride, du_stride, n1 - n0, from, c_partial, tap_stride, columns,
-                              true, product + tap * tap_stride, 3 * tap_stride);
+                              {sum, 3 * tap_stride, sum, 3 * tap_stride});
             }
           }
           if (copied) {
-            add_products<T>(du_tile, du_stride, n1 - n0, patches, patch_stride, tap_stride, t.pixels(), true,
-                            product + tap * tap_stride, 3 * tap_stride);
+            add_products<T>(du_tile, du_stride, n1 - n0, patches, patch_stride, tap_stride, t.pixels(),
+                            {sum, 3 * tap_stride, sum, 3 * tap_stride});
           }
         }
       }
@@ -1323,7 +1369,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   const S* const dy = static_cast<const S*>(args.dy);
   S *const dx = static_cast<S*>(args.dx), *const dw_partial = static_cast<S*>(args.dw_partial),
            *const dw_pw = static_cast<S*>(args.dw_pw);
-  const int64_t u_stride = padded_n(c_partial, sizeof(T)), du_stride = row_pitch<T>(c_partial);
+  const int64_t du_stride = row_pitch<T>(c_partial);
   const bool need_du = dx || dw_partial;
   const int64_t n_du = dx ? channels : c_partial;
   const Share share(extent.pixels, n_du, c_out, parallel.num_threads);
@@ -1335,6 +1381,10 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   const bool keeps_dz = dw_pw && need_du && share.by_columns;
   const bool direct = chunks.count == 1 && !fused;  // as in act_pw_residual_backward
   const int64_t all_stride = row_pitch<T>(channels), kept_stride = row_pitch<T>(c_out);
+  // Where threads share dw_pw's rows each reads u whole: it is put together once, unless it is large.
+  const bool whole_u = dw_pw && !fused && !chunks.many(parallel.num_threads) &&
+                       extent.pixels * all_stride * static_cast<int64_t>(sizeof(T)) <= kMostCopied;
+  const int64_t u_stride = whole_u ? all_stride : padded_n(c_partial, sizeof(T));
   T *u, *du, *kept_dz, *pw_products;
   TotalGradient<S, T> total = {static_cast<const S*>(args.dz),
                                args.dz_pixel_stride,
@@ -1371,16 +1421,39 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                  dx + (pixel + p) * channels + split, b1 - split);
     }
   };
-  // u of a tile from x and the convolved channels.
-  const auto load_u = [&](int64_t pixel, int64_t pixels, const T* convolved, T* rows) {
-    copy_rows<T, T>(convolved, u_stride, pixels, c_partial, static_cast<const T*>(nullptr), rows, all_stride);
+  // The channels of u that are x's own; all of u from them and the convolved ones.
+  const auto load_untouched = [&](int64_t pixel, int64_t pixels, T* rows) {
     copy_rows<S, T>(x.data + pixel * args.x_pixel_stride + c_partial, args.x_pixel_stride, pixels, channels - c_partial,
                     static_cast<const T*>(nullptr), rows + c_partial, all_stride);
   };
+  const auto load_u = [&](int64_t pixel, int64_t pixels, const T* convolved, int64_t stride, T* rows) {
+    copy_rows<T, T>(convolved, stride, pixels, c_partial, static_cast<const T*>(nullptr), rows, all_stride);
+    load_untouched(pixel, pixels, rows);
+  };
+  // The same without a copy, for whole panels on one side of c_partial: where the last products go, and what joins them.
+  struct Place {
+    T* c;
+    int64_t stride;
+    const T* residual;
+    int64_t residual_stride;
+  };
+  const auto place_of = [&](int64_t pixel, int64_t b0, int64_t b1) {
+    Place to = {};
+    if ((b1 - b0) % panel_width<T>() != 0) return to;
+    if (b1 <= c_partial) {
+      to = {du + pixel * du_stride + b0, du_stride, nullptr, 0};
+    } else if constexpr (Same<S, T>::value) {
+      if (dx && b0 >= c_partial) {
+        to = {dx + pixel * channels + b0, channels, dy ? dy + pixel * args.dy_pixel_stride + b0 : nullptr,
+              args.dy_pixel_stride};
+      }
+    }
+    return to;
+  };
   // sums (+)= dz * w for columns [k, k + depth) of dz, chunk by chunk of hidden channels.
   const int64_t hidden_chunk = chunk_width<T>(c_out, kHiddenChunk);
-  const auto add_du = [](const T* dz, int64_t dz_stride, int64_t pixels, const Packed<T>& w, int64_t k, int64_t depth,
-                         T* sums, int64_t sums_stride, Ahead* ahead) {
+  const auto add_du = [&](const T* dz, int64_t dz_stride, int64_t pixels, const Packed<T>& w, int64_t k, int64_t depth,
+                          T* sums, int64_t sums_stride, const Place& to, Ahead* ahead) {
     Gemm<T> g = {};
     g.set_a(dz, dz_stride, depth, pixels);
     g.b = &w;
@@ -1390,6 +1463,12 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     g.c_in_stride = sums_stride;
     g.c = sums;
     g.c_stride = sums_stride;
+    if (to.c && k + depth == c_out) {
+      g.c = to.c;
+      g.c_stride = to.stride;
+      g.residual = to.residual;
+      g.residual_stride = to.residual_stride;
+    }
     g.ahead = ahead;
     gemm(g);
   };
@@ -1417,21 +1496,31 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     int64_t block = 10 * kRowUnit;
     while (block > 5 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
     const int64_t dz_stride = row_pitch<T>(block);
+    // The last tile's sums are dw_pw, as in act_pw_residual_backward.
+    const bool straight = direct && Same<S, T>::value && channels % panel_width<T>() == 0 && tiling.tiles > 0;
+    const int64_t n = round_up(channels, panel_width<T>());
     conv3x3_rows<S, T>(x, w_partial, extent, u, u_stride, parallel);
+    if (whole_u) {
+      parallel_for(parallel, extent.pixels, [&](int64_t begin, int64_t end) {
+        load_untouched(begin, end - begin, u + begin * u_stride);
+        for (int64_t p = begin; p < end; ++p) clear(u + p * u_stride + channels, n - channels);
+      });
+    }
     share_chunks(parallel, chunks, c_out, kRowUnit, kPieceRows, [&](int64_t chunk, int64_t n0, int64_t n1) {
       T *dz, *rows, *own;
       Carver carver;
       for (int round = 0; round < 2; ++round) {
         if (round) carver = {static_cast<char*>(scratch(kSlotTile, carver.used)), 0};
         dz = carver.take<T>(tiling.max_pixels() * dz_stride);
-        rows = carver.take<T>(tiling.max_pixels() * all_stride);
+        rows = carver.take<T>(whole_u ? 0 : tiling.max_pixels() * all_stride);
         own = carver.take<T>(direct ? block * all_stride : 0);
       }
-      clear(rows, tiling.max_pixels() * all_stride);
+      if (!whole_u) clear(rows, tiling.max_pixels() * all_stride);
+      const int64_t tile0 = chunks.begin(chunk), tile1 = chunks.begin(chunk + 1);
       for (int64_t b0 = n0; b0 < n1; b0 += block) {
         const int64_t b1 = clip(b0 + block, n1);
         T* const product = direct ? own : pw_products + (chunk * c_out + b0) * all_stride;
-        for (int64_t i = chunks.begin(chunk); i < chunks.begin(chunk + 1); ++i) {
+        for (int64_t i = tile0; i < tile1; ++i) {
           const Tiling::Tile t = tiling.tile(i);
           const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
           total.tile(pixel, pixels, b0, b1 - b0, dz, dz_stride);
@@ -1439,11 +1528,21 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
             copy_rows<T, T>(dz, dz_stride, pixels, b1 - b0, static_cast<const T*>(nullptr),
                             kept_dz + pixel * kept_stride + b0, kept_stride);
           }
-          load_u(pixel, pixels, u + pixel * u_stride, rows);
-          add_products<T>(dz, dz_stride, b1 - b0, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
-                          i > chunks.begin(chunk), product, all_stride);
+          Ahead ahead;
+          if (whole_u) {
+            const Tiling::Tile next = tiling.tile(i + 1 < tile1 ? i + 1 : tile0);
+            ahead.add(u, u_stride, next.pixel(args.width), next.pixels());
+          } else {
+            load_u(pixel, pixels, u + pixel * u_stride, u_stride, rows);
+          }
+          Sums<T> sums = {i > tile0 ? product : nullptr, all_stride, product, all_stride};
+          if constexpr (Same<S, T>::value) {
+            if (straight && i + 1 == tile1) sums.c = dw_pw + b0 * channels, sums.c_stride = channels;
+          }
+          add_products<T>(dz, dz_stride, b1 - b0, whole_u ? u + pixel * u_stride : rows, all_stride, n, pixels, sums,
+                          &ahead);
         }
-        if (direct) {
+        if (direct && !straight) {
           if (tiling.tiles == 0) clear(own, (b1 - b0) * all_stride);
           copy_rows<T, S>(own, all_stride, b1 - b0, channels, static_cast<const T*>(nullptr), dw_pw + b0 * channels,
                           channels);
@@ -1482,13 +1581,14 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           Ahead ahead = ahead_of(i, chunks.begin(chunk + 1));
           total.tile(pixel, pixels, 0, c_out, dz, dz_stride);
           for (int64_t k = 0; k < c_out; k += hidden_chunk) {
-            add_du(dz + k, dz_stride, pixels, pw, k, clip(hidden_chunk, c_out - k), sums, sums_stride, &ahead);
+            add_du(dz + k, dz_stride, pixels, pw, k, clip(hidden_chunk, c_out - k), sums, sums_stride, {}, &ahead);
           }
           store_du(pixel, pixels, 0, n_du, sums, sums_stride);
           pconv.run(x, extent.height, extent.width, t, extent.rows, nullptr, &ahead);
-          load_u(pixel, pixels, pconv.u, rows);
+          load_u(pixel, pixels, pconv.u, pconv.u_stride, rows);
+          T* const product = pw_products + chunk * c_out * all_stride;
           add_products<T>(dz, dz_stride, c_out, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
-                          i > chunks.begin(chunk), pw_products + chunk * c_out * all_stride, all_stride, &ahead);
+                          {i > chunks.begin(chunk) ? product : nullptr, all_stride, product, all_stride}, &ahead);
         }
       }
     });
@@ -1512,18 +1612,19 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                   for (int64_t i = tile0; i < tile1; ++i) {
                     const Tiling::Tile t = tiling.tile(i);
                     const int64_t pixel = t.pixel(args.width), pixels = t.pixels();
+                    const Place to = place_of(pixel, b0, b1);
                     Ahead ahead = ahead_of(i, tile1);
                     for (int64_t k = 0; k < c_out; k += hidden_chunk) {
                       const int64_t depth = clip(hidden_chunk, c_out - k);
                       if (keeps_dz) {
                         add_du(kept_dz + pixel * kept_stride + k, kept_stride, pixels, part, k, depth, sums,
-                               sums_stride, &ahead);
+                               sums_stride, to, &ahead);
                       } else {
                         total.tile(pixel, pixels, k, depth, dz, dz_stride);
-                        add_du(dz, dz_stride, pixels, part, k, depth, sums, sums_stride, &ahead);
+                        add_du(dz, dz_stride, pixels, part, k, depth, sums, sums_stride, to, &ahead);
                       }
                     }
-                    store_du(pixel, pixels, b0, b1, sums, sums_stride);
+                    if (!to.c) store_du(pixel, pixels, b0, b1, sums, sums_stride);
                   }
                 }
               });
@@ -1771,9 +1872,9 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
         } else {
           load_patches(x, t, out_height, args.kh, args.kw, channels, patch_stride, patches);
         }
+        T* const product = products + (chunk * c_out + n0) * product_stride;
         add_products<T>(g_rows, g_stride, n1 - n0, patches, patch_stride, product_stride, t.pixels(),
-                        i > chunks.begin(chunk), products + (chunk * c_out + n0) * product_stride, product_stride,
-                        &ahead);
+                        {i > chunks.begin(chunk) ? product : nullptr, product_stride, product, product_stride}, &ahead);
       }
     });
   }
