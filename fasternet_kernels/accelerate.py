@@ -336,9 +336,8 @@ class SwappedPConv(_Swapped, nn.Module):
 
 
 class SwappedHeadConv(_Swapped, nn.Module):
-    """The 1x1 convolution of a network's head. On the pooled map, which is one pixel, it is a linear
-    layer, whose gradients PyTorch has sooner on a CPU: it does not reorder the weight for a
-    convolution's kernels."""
+    """The 1x1 convolution of a network's head: on the pooled map, one pixel, a linear layer. As
+    such it trains sooner on a CPU, where convolutions reorder their weights first."""
 
     def fused(self, x: Tensor) -> Tensor:
         is_pixel = isinstance(x, Tensor) and x.is_cpu and x.dim() == 4 and x.shape[2:] == (1, 1)

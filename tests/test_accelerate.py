@@ -836,7 +836,7 @@ def test_head_s_convolution_of_one_pixel(bias):
         with torch.profiler.profile() as profile:
             fast.conv_head(x).sum().backward()
         assert any(event.name == "aten::convolution" for event in profile.events()) != linear
-        wild.assert_agree(fast.conv_head, plain.conv_head, x, "the head's convolution")
+        wild.assert_same_step(fast.conv_head, plain.conv_head, x)
     fast.conv_head.padding = (1, 1)
     assert fast.conv_head(x[:, :, :1, :1]).shape[2:] == (3, 3)
     assert type(fk.restore(fast).conv_head) is nn.Conv2d

@@ -24,17 +24,37 @@ constexpr int64_t kMaxChunks = 32;
 constexpr int64_t kMostCopied = 16 << 20;  // bytes of a gradient that is copied whole
 // Rows of a weight gradient are shared in multiples of kRowUnit: three groups of 8 rows, two of 12, four of 6.
 constexpr int64_t kRowUnit = 24;
-constexpr int64_t kPieceRows = 7;  // units that a thread takes at least where it copies all channels of x for them
+constexpr int64_t kPieceRows = 7;  // units that a thread takes at least where it reads all channels of u for them
 constexpr int64_t kPieceTaps = 2;  // where it copies the convolved ones alone
 constexpr int64_t kSumRows = 16;   // values in one chain of additions
 
 // ---- Vectors of channels, some of them short ------------------------------------------------------------------------
 
-// The first n channels at p; the others are zero.
+// GCC before 12 does not have shuffles of constants: it goes lane by lane, and packs element by element.
+#if defined(__clang__) || __GNUC__ >= 12
+#define FASTERNET_SHUFFLES
+template <class Half, int... kLane>
+inline auto with_zeros(Half v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, Half{}, kLane...);
+}
+template <class V, int... kLane>
+inline auto first_half(V v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, kLane...);
+}
+#endif
+
+// The first n channels at p; the others are zero. Half a vector, which widths that are no multiple of a vector leave,
+// is one load or store.
 template <class T, class S>
 inline LanesOf<T> load_part(const S* p, int64_t n) {
   constexpr int kLanes = Lanes<T>::kLanes;
   if (n >= kLanes) return load_as<LanesOf<T>>(p);
+#ifdef FASTERNET_SHUFFLES
+  if constexpr (Same<T, float>::value) {
+    using Half = typename VecOf<float, FASTERNET_VECTOR_BYTES / 2>::type;
+    if (n == kLanes / 2) return with_zeros(load_as<Half>(p), std::make_integer_sequence<int, kLanes>());
+  }
+#endif
   T part[kLanes] = {};
   for (int64_t i = 0; i < n; ++i) part[i] = to_compute(p[i]);
   return load_as<LanesOf<T>>(part);
@@ -43,6 +63,11 @@ template <class T, class S>
 inline void store_part(LanesOf<T> v, S* p, int64_t n) {
   constexpr int kLanes = Lanes<T>::kLanes;
   if (n >= kLanes) return store_as(v, p);
+#ifdef FASTERNET_SHUFFLES
+  if constexpr (Same<T, float>::value) {
+    if (n == kLanes / 2) return store_as(first_half(v, std::make_integer_sequence<int, kLanes / 2>()), p);
+  }
+#endif
   T part[kLanes];
   store_as(v, part);
   for (int64_t i = 0; i < n; ++i) to_storage(part[i], p + i);
@@ -394,9 +419,8 @@ struct Statistics {
 // ---- Operands -------------------------------------------------------------------------------------------------------
 
 // Lane j of row i and lane i of row j change places: in each round the rows, and the lanes, whose numbers differ in
-// one bit. GCC before 12 has no such shuffle, and packs element by element.
-#if defined(__clang__) || __GNUC__ >= 12
-#define FASTERNET_TRANSPOSE
+// one bit.
+#ifdef FASTERNET_SHUFFLES
 template <int kBit, class V, int... kLane>
 inline void exchange(V* low, V* high, std::integer_sequence<int, kLane...>) {
   constexpr int kLanes = sizeof...(kLane);
@@ -421,7 +445,7 @@ template <class S, class T>
 void pack_panel(const S* w, int64_t n_stride, int64_t k_stride, int64_t lanes, int64_t valid, int64_t k, T* to) {
   constexpr int64_t kWidth = panel_width<T>(), kRun = 16;
   int64_t k0 = 0;
-#ifdef FASTERNET_TRANSPOSE
+#ifdef FASTERNET_SHUFFLES
   if constexpr (Same<T, float>::value) {
     if (k_stride == 1 && valid == kWidth) {
       for (; k0 + kFloatLanes <= k; k0 += kFloatLanes) {
@@ -1111,8 +1135,8 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
       T* const product = direct ? own : products + chunk * channels * product_stride + b0;
       const int64_t stride = direct ? hidden_stride : product_stride;
       // The last tile's sums are dw.
-      const bool straight = dw && direct && Same<S, T>::value && !layer_scale && columns % panel_width<T>() == 0 &&
-                            tiling.tiles > 0;
+      const bool straight =
+          dw && direct && Same<S, T>::value && !layer_scale && columns % panel_width<T>() == 0 && tiling.tiles > 0;
       // da = g * w_pw2, g scaled by layer_scale through the weights and by sample_scale afterwards.
       if (w && need_da) pack_operand<S, T>(w + b0, 1, c_hidden, columns, channels, nullptr, layer_scale, packed);
       const Packed<T> part(packed, columns, channels);
@@ -1430,7 +1454,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     copy_rows<T, T>(convolved, stride, pixels, c_partial, static_cast<const T*>(nullptr), rows, all_stride);
     load_untouched(pixel, pixels, rows);
   };
-  // The same without a copy, for whole panels on one side of c_partial: where the last products go, and what joins them.
+  // The same without a copy, for whole panels on one side of c_partial: where the last products go, what joins them.
   struct Place {
     T* c;
     int64_t stride;
