@@ -20,7 +20,6 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -335,18 +334,7 @@ class SwappedPConv(_Swapped, nn.Module):
         return ops.pconv3x3(x, self.part("partial").weight, fast=self.fast)
 
 
-class SwappedHeadConv(_Swapped, nn.Module):
-    """The 1x1 convolution of a network's head: on the pooled map, one pixel, a linear layer. As
-    such it trains sooner on a CPU, where convolutions reorder their weights first."""
-
-    def fused(self, x: Tensor) -> Tensor:
-        is_pixel = isinstance(x, Tensor) and x.is_cpu and x.dim() == 4 and x.shape[2:] == (1, 1)
-        if not (is_pixel and torch.is_grad_enabled() and self.as_proved()):
-            return self.original(x)
-        return F.linear(x.flatten(1), self.weight.flatten(1), self.bias)[:, :, None, None]
-
-
-for _kind in (SwappedBlock, SwappedPatchConv, SwappedPConv, SwappedHeadConv):
+for _kind in (SwappedBlock, SwappedPatchConv, SwappedPConv):
     _kind.mixin = _kind
 
 
@@ -959,8 +947,6 @@ def _accelerate(model: nn.Module, lean: bool, fast: bool) -> nn.Module:
         if network is not None:
             model.__dict__[_NETWORK] = network
             _swap(model, SwappedNetwork, {})
-            if network.head is not None:
-                _swap(model.get_submodule(network.head.conv), SwappedHeadConv, {})
             rows.append(Row("", "network", True))
     except _Refused as refused:
         rows.append(Row("", "network", False, str(refused)))

@@ -821,27 +821,6 @@ def test_gradient_checkpointing():
     wild.assert_same_step(fast, plain, image(dtype=torch.float64))
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_head_s_convolution_of_one_pixel(bias):
-    """It trains as the linear layer that it is there, and anywhere else as a convolution."""
-    plain, fast = twins(shallow)
-    if bias:
-        for m in (plain, fast):
-            m.conv_head = seeded(lambda old: nn.Conv2d(old.in_channels, old.out_channels, 1))(
-                m.conv_head
-            )
-        fk.accelerate(fast)
-    for side, linear in ((1, True), (2, False)):
-        x = randn(3, plain.conv_head.in_channels, side, side, seed=side)
-        with torch.profiler.profile() as profile:
-            fast.conv_head(x).sum().backward()
-        assert any(event.name == "aten::convolution" for event in profile.events()) != linear
-        wild.assert_same_step(fast.conv_head, plain.conv_head, x)
-    fast.conv_head.padding = (1, 1)
-    assert fast.conv_head(x[:, :, :1, :1]).shape[2:] == (3, 3)
-    assert type(fk.restore(fast).conv_head) is nn.Conv2d
-
-
 def test_training_of_relu_networks():
     """In float64, where no value is near enough to 0 to round to its other side."""
     plain, fast = twins(partial(small, act=nn.ReLU))
