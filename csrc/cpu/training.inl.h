@@ -21,7 +21,7 @@ constexpr int64_t kBlockElements = 144 << 10;  // of a packed weight that is wal
 constexpr int64_t kChunkPixels = 512;          // of one partial sum of a weight gradient, at least
 constexpr int64_t kSmallWeight = 64 << 10;     // a larger weight's partial sums cost more: twice the pixels
 constexpr int64_t kMaxChunks = 32;
-constexpr int64_t kMostCopied = 16 << 20;  // bytes of a gradient that is copied whole
+constexpr int64_t kMostCopied = 16 << 20;  // bytes of a gradient or of u that are copied whole
 // Rows of a weight gradient are shared in multiples of kRowUnit: three groups of 8 rows, two of 12, four of 6.
 constexpr int64_t kRowUnit = 24;
 constexpr int64_t kPieceRows = 7;  // units that a thread takes at least where it reads all channels of u for them
@@ -567,9 +567,9 @@ void pack_conv3x3(const WeightView<const S>& w, bool transposed, int64_t n0, int
 }
 // ---- Products along pixels ------------------------------------------------------------------------------------------
 
-// c[kRows][kVecs vectors] = before + sum over pixels of a[pixel][row] * b[pixel][column]; before may be c, or null for
-// zeros. The sum is of chains of additions, `chain` pixels long. Each pixel fetches a cache line from `prefetch` on,
-// `prefetch_step` bytes apart.
+// sums[kRows][kVecs vectors] (+)= sum over pixels of a[pixel][row] * b[pixel][column], in chains of additions, `chain`
+// pixels long, of which the last goes to c; that may be sums as well. Each pixel fetches a cache line from `prefetch`
+// on, `prefetch_step` bytes apart.
 template <class T>
 struct Outer {
   const T* a;
@@ -577,8 +577,9 @@ struct Outer {
   const T* b;
   int64_t b_stride;
   int64_t pixels, chain;
-  const T* before;
-  int64_t before_stride;
+  bool add;
+  T* sums;
+  int64_t sums_stride;
   T* c;
   int64_t c_stride;
   const char* prefetch;
@@ -588,8 +589,8 @@ template <class T, int kRows, int kVecs>
 void outer(const Outer<T>& o) {
   using V = typename VecOf<T, FASTERNET_VECTOR_BYTES>::type;
   constexpr int kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
-  const T *a = o.a, *b = o.b, *before = o.before;
-  int64_t before_stride = o.before_stride;
+  const T *a = o.a, *b = o.b;
+  bool add = o.add;
   const char* prefetch = o.prefetch;
   for (int64_t left = o.pixels; left > 0; left -= o.chain) {
     V acc[kRows][kVecs];
@@ -598,7 +599,8 @@ void outer(const Outer<T>& o) {
       FASTERNET_UNROLL
       for (int j = 0; j < kVecs; ++j) acc[r][j] = V{};
     }
-    const int64_t pixels = clip(o.chain, left);
+    const int64_t pixels = clip(o.chain, left), stride = left > o.chain ? o.sums_stride : o.c_stride;
+    T* const to = left > o.chain ? o.sums : o.c;
     for (int64_t p = 0; p < pixels; ++p, a += o.a_stride, b += o.b_stride, prefetch += o.prefetch_step) {
       __builtin_prefetch(prefetch, 0, 2);
       V w[kVecs];
@@ -618,12 +620,11 @@ void outer(const Outer<T>& o) {
     for (int r = 0; r < kRows; ++r) {
       FASTERNET_UNROLL
       for (int j = 0; j < kVecs; ++j) {
-        const V sum = before ? acc[r][j] + load<V>(before + r * before_stride + j * kLanes) : acc[r][j];
-        store(o.c + r * o.c_stride + j * kLanes, sum);
+        const V sum = add ? acc[r][j] + load<V>(o.sums + r * o.sums_stride + j * kLanes) : acc[r][j];
+        store(to + r * stride + j * kLanes, sum);
       }
     }
-    before = o.c;
-    before_stride = o.c_stride;
+    add = true;
   }
 }
 
@@ -662,15 +663,16 @@ OuterTile<T> outer_tile(int64_t left) {
   return {1, outer_rows(1), kOuter<T, 1>.rows};
 }
 
-// c[m][n] = before + sum over pixels of a[pixel][m] * b[pixel][n]; before as for `outer`. n is whole panels. Chains of
+// sums[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], the last additions in c. n is whole panels. Chains of
 // additions are kOuterDepth long at most, which keeps the rounding error of many pixels near that of a few. While it
 // runs it fetches what lies ahead.
 constexpr int64_t kOuterDepth = kTilePixels / 2;
 constexpr int64_t kShortRow = 24;  // pixels that are too few for reading and writing c
 template <class T>
 struct Sums {
-  const T* before;
-  int64_t before_stride;
+  bool add;
+  T* sums;
+  int64_t sums_stride;
   T* c;
   int64_t c_stride;
 };
@@ -684,7 +686,8 @@ void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b
   o.b_stride = b_stride;
   o.pixels = pixels;
   o.chain = ceil_div(pixels, ceil_div(pixels, kOuterDepth));
-  o.before_stride = sums.before_stride;
+  o.add = sums.add;
+  o.sums_stride = sums.sums_stride;
   o.c_stride = sums.c_stride;
   for (int64_t j = 0; j < n;) {
     const OuterTile<T> tile = outer_tile<T>((n - j) / kLanes);
@@ -694,7 +697,7 @@ void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b
       const int64_t row = i * m / groups, rows = (i + 1) * m / groups - row;
       const char* const fetch = ahead ? ahead->take(pixels * kPanelBytes) : nullptr;
       o.a = a + row;
-      o.before = sums.before ? sums.before + row * sums.before_stride + j : nullptr;
+      o.sums = sums.sums + row * sums.sums_stride + j;
       o.c = sums.c + row * sums.c_stride + j;
       o.prefetch = fetch ? fetch : reinterpret_cast<const char*>(b);
       o.prefetch_step = fetch ? kPanelBytes : 0;
@@ -1136,7 +1139,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
       const int64_t stride = direct ? hidden_stride : product_stride;
       // The last tile's sums are dw.
       const bool straight =
-          dw && direct && Same<S, T>::value && !layer_scale && columns % panel_width<T>() == 0 && tiling.tiles > 0;
+          dw && direct && Same<S, T>::value && !layer_scale && columns % panel_width<T>() == 0 && extent.pixels > 0;
       // da = g * w_pw2, g scaled by layer_scale through the weights and by sample_scale afterwards.
       if (w && need_da) pack_operand<S, T>(w + b0, 1, c_hidden, columns, channels, nullptr, layer_scale, packed);
       const Packed<T> part(packed, columns, channels);
@@ -1213,7 +1216,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
           if (copies && !copied_once) {
             copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, factors, g_rows, g_stride);
           }
-          Sums<T> sums = {i > chunks.begin(chunk) ? product : nullptr, stride, product, stride};
+          Sums<T> sums = {i > chunks.begin(chunk), product, stride, product, stride};
           if constexpr (Same<S, T>::value) {
             if (straight && i + 1 == chunks.begin(chunk + 1)) sums.c = dw + b0, sums.c_stride = c_hidden;
           }
@@ -1222,7 +1225,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
         }
       }
       for (int64_t c = 0; dw && direct && !straight && c < channels; ++c) {
-        if (tiling.tiles == 0) clear(own + c * hidden_stride, columns);
+        if (extent.pixels == 0) clear(own + c * hidden_stride, columns);
         copy_rows<T, S>(own + c * hidden_stride, 0, 1, columns,
                         layer_scale ? layer_scale + c : static_cast<const T*>(nullptr), dw + c * c_hidden + b0, 0);
       }
@@ -1347,12 +1350,12 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
                               patches + pixel * patch_stride, patch_stride);
             } else if (inside) {
               add_products<T>(du_tile + pixel * du_stride, du_stride, n1 - n0, from, c_partial, tap_stride, columns,
-                              {sum, 3 * tap_stride, sum, 3 * tap_stride});
+                              {true, sum, 3 * tap_stride, sum, 3 * tap_stride});
             }
           }
           if (copied) {
             add_products<T>(du_tile, du_stride, n1 - n0, patches, patch_stride, tap_stride, t.pixels(),
-                            {sum, 3 * tap_stride, sum, 3 * tap_stride});
+                            {true, sum, 3 * tap_stride, sum, 3 * tap_stride});
           }
         }
       }
@@ -1454,7 +1457,8 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     copy_rows<T, T>(convolved, stride, pixels, c_partial, static_cast<const T*>(nullptr), rows, all_stride);
     load_untouched(pixel, pixels, rows);
   };
-  // The same without a copy, for whole panels on one side of c_partial: where the last products go, what joins them.
+  // Where du's last products go instead of sums, and what joins them: for whole panels on one side of c_partial, which
+  // store_du need not copy.
   struct Place {
     T* c;
     int64_t stride;
@@ -1521,7 +1525,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     while (block > 5 * kRowUnit && block * channels > kBlockElements) block -= kRowUnit;
     const int64_t dz_stride = row_pitch<T>(block);
     // The last tile's sums are dw_pw, as in act_pw_residual_backward.
-    const bool straight = direct && Same<S, T>::value && channels % panel_width<T>() == 0 && tiling.tiles > 0;
+    const bool straight = direct && Same<S, T>::value && channels % panel_width<T>() == 0 && extent.pixels > 0;
     const int64_t n = round_up(channels, panel_width<T>());
     conv3x3_rows<S, T>(x, w_partial, extent, u, u_stride, parallel);
     if (whole_u) {
@@ -1559,7 +1563,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           } else {
             load_u(pixel, pixels, u + pixel * u_stride, u_stride, rows);
           }
-          Sums<T> sums = {i > tile0 ? product : nullptr, all_stride, product, all_stride};
+          Sums<T> sums = {i > tile0, product, all_stride, product, all_stride};
           if constexpr (Same<S, T>::value) {
             if (straight && i + 1 == tile1) sums.c = dw_pw + b0 * channels, sums.c_stride = channels;
           }
@@ -1567,7 +1571,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                           &ahead);
         }
         if (direct && !straight) {
-          if (tiling.tiles == 0) clear(own, (b1 - b0) * all_stride);
+          if (extent.pixels == 0) clear(own, (b1 - b0) * all_stride);
           copy_rows<T, S>(own, all_stride, b1 - b0, channels, static_cast<const T*>(nullptr), dw_pw + b0 * channels,
                           channels);
         }
@@ -1612,7 +1616,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           load_u(pixel, pixels, pconv.u, pconv.u_stride, rows);
           T* const product = pw_products + chunk * c_out * all_stride;
           add_products<T>(dz, dz_stride, c_out, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
-                          {i > chunks.begin(chunk) ? product : nullptr, all_stride, product, all_stride}, &ahead);
+                          {i > chunks.begin(chunk), product, all_stride, product, all_stride}, &ahead);
         }
       }
     });
@@ -1898,7 +1902,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
         }
         T* const product = products + (chunk * c_out + n0) * product_stride;
         add_products<T>(g_rows, g_stride, n1 - n0, patches, patch_stride, product_stride, t.pixels(),
-                        {i > chunks.begin(chunk) ? product : nullptr, product_stride, product, product_stride}, &ahead);
+                        {i > chunks.begin(chunk), product, product_stride, product, product_stride}, &ahead);
       }
     });
   }
