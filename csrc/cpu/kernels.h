@@ -60,7 +60,7 @@ static inline bool winograd_pays(int64_t height, int64_t width) { return height 
 
 // Memory of the calling thread, 64-byte aligned, kept for its next call: a call like one before allocates nothing. Each
 // slot is one buffer; asking for more than before may move it.
-enum Slot { kSlotTile, kSlotShared, kSlotNetworkA, kSlotNetworkB, kSlotCount };
+enum Slot { kSlotTile, kSlotShared, kSlotProducts, kSlotNetworkA, kSlotNetworkB, kSlotCount };
 void* scratch(Slot slot, int64_t bytes);
 
 // The pieces that a buffer is cut into lie side by side, where the address sanitizer sees no end of any. Built for it,

@@ -499,7 +499,7 @@ struct Packed {
 // Memory that is used after a GEMM, such as the next tile's pixels: the micro-kernels fetch it into L2, a few cache
 // lines each. Left to the loops that read it, a tile's misses and its arithmetic would take turns.
 struct Ahead {
-  static constexpr int kMost = 6;
+  static constexpr int kMost = 32;
   static constexpr int64_t kBytes = 256 << 10;  // more would drive out what is in use
   struct {
     const char *begin, *end;

@@ -568,14 +568,14 @@ void pack_conv3x3(const WeightView<const S>& w, bool transposed, int64_t n0, int
 // ---- Products along pixels ------------------------------------------------------------------------------------------
 
 // sums[kRows][kVecs vectors] (+)= sum over pixels of a[pixel][row] * b[pixel][column], in chains of additions, `chain`
-// pixels long, of which the last goes to c; that may be sums as well. Each pixel fetches a cache line from `prefetch`
-// on, `prefetch_step` bytes apart.
+// pixels long, of which the last goes to c; that may be sums as well. Pixels of b are dense: kVecs vectors. Each turn
+// of kOuterUnroll pixels fetches a cache line from `prefetch` on, `prefetch_step` bytes apart.
+constexpr int kOuterUnroll = 2;
 template <class T>
 struct Outer {
   const T* a;
   int64_t a_stride;
   const T* b;
-  int64_t b_stride;
   int64_t pixels, chain;
   bool add;
   T* sums;
@@ -601,20 +601,33 @@ void outer(const Outer<T>& o) {
     }
     const int64_t pixels = clip(o.chain, left), stride = left > o.chain ? o.sums_stride : o.c_stride;
     T* const to = left > o.chain ? o.sums : o.c;
-    for (int64_t p = 0; p < pixels; ++p, a += o.a_stride, b += o.b_stride, prefetch += o.prefetch_step) {
-      __builtin_prefetch(prefetch, 0, 2);
+    const auto step = [&](const T* values, int u) __attribute__((always_inline)) {
       V w[kVecs];
       FASTERNET_UNROLL
-      for (int j = 0; j < kVecs; ++j) w[j] = load<V>(b + j * kLanes);
+      for (int j = 0; j < kVecs; ++j) w[j] = load<V>(b + (u * kVecs + j) * kLanes);
       FASTERNET_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const bool from_memory = kFmaFromMemory && r % 3 == 0;  // more would be too many loads, as in micro
-        const V factor = from_memory ? V{} : a[r] - V{};
+        const V factor = from_memory ? V{} : values[r] - V{};
         FASTERNET_UNROLL
         for (int j = 0; j < kVecs; ++j) {
-          from_memory ? multiply_add_from(acc[r][j], w[j], a + r) : multiply_add(acc[r][j], w[j], factor);
+          from_memory ? multiply_add_from(acc[r][j], w[j], values + r) : multiply_add(acc[r][j], w[j], factor);
         }
       }
+    };
+    const auto advance = [&](int steps) __attribute__((always_inline)) {
+      a += steps * o.a_stride;
+      b += steps * kVecs * kLanes;
+    };
+    for (int64_t turns = pixels / kOuterUnroll; turns > 0; --turns, prefetch += o.prefetch_step) {
+      __builtin_prefetch(prefetch, 0, 2);
+      FASTERNET_UNROLL
+      for (int u = 0; u < kOuterUnroll; ++u) step(a + u * o.a_stride, u);
+      advance(kOuterUnroll);
+    }
+    for (int64_t p = pixels % kOuterUnroll; p > 0; --p) {
+      step(a, 0);
+      advance(1);
     }
     FASTERNET_UNROLL
     for (int r = 0; r < kRows; ++r) {
@@ -628,6 +641,21 @@ void outer(const Outer<T>& o) {
   }
 }
 
+// to[pixels][columns] = from, whose pixels are `stride` elements apart; whole vectors.
+template <class T>
+void copy_vectors(const T* from, int64_t stride, int64_t pixels, int64_t columns, T* to) {
+  using V = typename VecOf<T, FASTERNET_VECTOR_BYTES>::type;
+  for (int64_t p = 0; p < pixels; ++p, from += stride, to += columns) {
+    for (int64_t j = 0; j < columns; j += VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes) store(to + j, load<V>(from + j));
+  }
+}
+
+// to[pixels][kRows] = a, whose pixels are `stride` elements apart.
+template <class T, int kRows>
+void gather(const T* a, int64_t stride, int64_t pixels, T* to) {
+  for (int64_t p = 0; p < pixels; ++p, a += stride, to += kRows) __builtin_memcpy(to, a, kRows * sizeof(T));
+}
+
 // The most rows of a tile of so many vectors. In the 32 registers of AVX-512 9 rows x 3 vectors, whose 27 products take
 // 36 instructions a pixel, and 6 x 4 or 12 x 2 where three do not divide the columns; in 16 registers 4 x 3 and 6 x 2.
 constexpr int kOuterVecs = FASTERNET_VECTOR_BYTES == 64 ? 4 : 3;
@@ -638,17 +666,20 @@ constexpr int outer_rows(int vecs) {
 template <class T, int kVecs>
 struct OuterTable {
   void (*rows[outer_rows(kVecs) + 1])(const Outer<T>&);
-  constexpr OuterTable() : rows() { fill<1>(); }
+  void (*gather_rows[outer_rows(kVecs) + 1])(const T*, int64_t, int64_t, T*);
+  constexpr OuterTable() : rows(), gather_rows() { fill<1>(); }
   template <int kRows>
   constexpr void fill() {
     rows[kRows] = outer<T, kRows, kVecs>;
+    gather_rows[kRows] = gather<T, kRows>;
     if constexpr (kRows < outer_rows(kVecs)) fill<kRows + 1>();
   }
 };
 template <class T, int kVecs>
 constexpr OuterTable<T, kVecs> kOuter{};
 
-// The tile of the next columns, of which `left` vectors are left. Four are one tile or two of two, as in column_tile.
+// The tile of the next columns, of which `left` vectors are left. Four are one tile, unless its rows are dense, or two
+// of two, as in column_tile.
 template <class T>
 struct OuterTile {
   int64_t vectors;
@@ -656,11 +687,43 @@ struct OuterTile {
   void (*const* rows)(const Outer<T>&);
 };
 template <class T>
-OuterTile<T> outer_tile(int64_t left) {
-  if (left == 4 && kOuterVecs == 4) return {4, outer_rows(4), kOuter<T, kOuterVecs>.rows};
+OuterTile<T> outer_tile(int64_t left, bool dense) {
+  if (left == 4 && kOuterVecs == 4 && !dense) return {4, outer_rows(4), kOuter<T, kOuterVecs>.rows};
   if (left == 3 || left > 4) return {3, outer_rows(3), kOuter<T, 3>.rows};
   if (left > 1) return {2, outer_rows(2), kOuter<T, 2>.rows};
   return {1, outer_rows(1), kOuter<T, 1>.rows};
+}
+
+// Where a tile of a product along pixels finds an operand. In rows `stride` apart the pixels of a tile are each on
+// another page, and their cache lines more than L1 has room for; so they are brought together, for all pixels in groups
+// of rows or tiles of columns, or by add_products for its own.
+template <class T>
+struct Operand {
+  const T* data;
+  int64_t stride;
+  int64_t pixels = 0, first = 0;  // dense: of so many pixels, of which this is the first one wanted
+  const T* at(int64_t column, int64_t width) const {
+    return pixels ? data + column * pixels + first * width : data + column;
+  }
+};
+// f(first row, rows) of the groups of m dense rows; f(first column, columns) of the tiles of n dense columns.
+template <class F>
+void for_row_groups(int64_t m, const F& f) {
+  const int64_t groups = ceil_div(m, outer_rows(3));
+  for (int64_t i = 0; i < groups; ++i) f(i * m / groups, (i + 1) * m / groups - i * m / groups);
+}
+template <class T, class F>
+void for_column_tiles(int64_t n, const F& f) {
+  constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
+  for (int64_t j = 0; j < n;) {
+    const int64_t width = outer_tile<T>((n - j) / kLanes, true).vectors * kLanes;
+    f(j, width);
+    j += width;
+  }
+}
+template <class T>
+void gather_rows(const T* a, int64_t stride, int64_t rows, int64_t pixels, T* to) {
+  kOuter<T, 3>.gather_rows[rows](a, stride, pixels, to);
 }
 
 // sums[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], the last additions in c. n is whole panels. Chains of
@@ -677,33 +740,53 @@ struct Sums {
   int64_t c_stride;
 };
 template <class T>
-void add_products(const T* a, int64_t a_stride, int64_t m, const T* b, int64_t b_stride, int64_t n, int64_t pixels,
-                  const Sums<T>& sums, Ahead* ahead = nullptr) {
-  constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
+void add_products(const Operand<T>& a, int64_t m, const Operand<T>& b, int64_t n, int64_t pixels, const Sums<T>& sums,
+                  Ahead* ahead = nullptr) {
+  constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes, kWidest = kOuterVecs * kLanes;
   if (pixels <= 0) return;
+  // Rows that a single tile of columns reads are not worth a copy.
+  const bool dense = a.pixels || b.pixels || n > 3 * kLanes, gathers = dense && !a.pixels;
+  T* const columns =
+      static_cast<T*>(scratch(kSlotProducts, (kWidest + (gathers ? m : 0)) * pixels * static_cast<int64_t>(sizeof(T))));
+  T* const rows_of_groups = columns + kWidest * pixels;
+  Operand<T> rows_of_a = a;
+  if (gathers) {
+    for_row_groups(m, [&](int64_t row, int64_t rows) {
+      gather_rows(a.at(row, rows), a.stride, rows, pixels, rows_of_groups + row * pixels);
+    });
+    rows_of_a = {rows_of_groups, 0, pixels};
+  }
   Outer<T> o = {};
-  o.a_stride = a_stride;
-  o.b_stride = b_stride;
   o.pixels = pixels;
   o.chain = ceil_div(pixels, ceil_div(pixels, kOuterDepth));
   o.add = sums.add;
   o.sums_stride = sums.sums_stride;
   o.c_stride = sums.c_stride;
   for (int64_t j = 0; j < n;) {
-    const OuterTile<T> tile = outer_tile<T>((n - j) / kLanes);
-    const int64_t groups = ceil_div(m, tile.most_rows);
-    o.b = b + j;
+    const OuterTile<T> tile = outer_tile<T>((n - j) / kLanes, dense);
+    const int64_t groups = ceil_div(m, dense ? outer_rows(3) : tile.most_rows), width = tile.vectors * kLanes;
+    o.b = b.at(j, width);
+    if (!b.pixels && b.stride != width) {
+      copy_vectors(o.b, b.stride, pixels, width, columns);
+      o.b = columns;
+    }
     for (int64_t i = 0; i < groups; ++i) {
       const int64_t row = i * m / groups, rows = (i + 1) * m / groups - row;
-      const char* const fetch = ahead ? ahead->take(pixels * kPanelBytes) : nullptr;
-      o.a = a + row;
+      const char* fetch = nullptr;
+      if (a.pixels && j == 0 && i + 1 < groups) {  // the next rows, which no other tile of columns has brought
+        fetch = reinterpret_cast<const char*>(a.at(row + rows, (i + 2) * m / groups - row - rows));
+      } else if (ahead) {
+        fetch = ahead->take(pixels / kOuterUnroll * kPanelBytes);
+      }
+      o.a = rows_of_a.at(row, rows);
+      o.a_stride = dense ? rows : a.stride;
       o.sums = sums.sums + row * sums.sums_stride + j;
       o.c = sums.c + row * sums.c_stride + j;
-      o.prefetch = fetch ? fetch : reinterpret_cast<const char*>(b);
+      o.prefetch = fetch ? fetch : reinterpret_cast<const char*>(o.b);
       o.prefetch_step = fetch ? kPanelBytes : 0;
       tile.rows[rows](o);
     }
-    j += tile.vectors * kLanes;
+    j += width;
   }
 }
 
@@ -1093,7 +1176,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
                            extent.pixels * g_stride * static_cast<int64_t>(sizeof(T)) <= kMostCopied;
   const bool own_rows = Same<S, T>::value ? copies && !copied_once : !copied_once || sample_scale;
   double *dshifts, *dscales, *dsamples;
-  T *products, *g_all;
+  T *products, *g_all, *g_groups;
   Carver shared;
   for (int round = 0; round < 2; ++round) {
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
@@ -1102,6 +1185,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
     dsamples = shared.take<double>(need_sample ? chunks.count * args.batch * units : 0);
     products = shared.take<T>(need_products && !direct ? chunks.count * channels * product_stride : 0);
     g_all = shared.take<T>(copied_once ? extent.pixels * g_stride : 0);
+    g_groups = shared.take<T>(copied_once ? extent.pixels * channels : 0);
   }
   if (copied_once) {
     parallel_for(parallel, extent.pixels, [&](int64_t begin, int64_t end) {
@@ -1110,6 +1194,10 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
                         sample_scale ? sample_scale + p / area : static_cast<const T*>(nullptr), g_all + p * g_stride,
                         0);
       }
+      for_row_groups(channels, [&](int64_t first, int64_t rows) {
+        gather_rows(g_all + begin * g_stride + first, g_stride, rows, end - begin,
+                    g_groups + first * extent.pixels + begin * rows);
+      });
     });
   }
   share_chunks(parallel, chunks, c_hidden, kColumnUnit, kPieceUnits, [&](int64_t chunk, int64_t n0, int64_t n1) {
@@ -1205,13 +1293,10 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
           }
         }
         if (need_products) {
-          const T* g = copied_once ? g_all + pixel * g_stride : g_rows;
-          int64_t row_stride = g_stride;
+          Operand<T> g = {g_rows, g_stride};
+          if (copied_once) g = {g_groups, 0, extent.pixels, pixel};
           if constexpr (Same<S, T>::value) {
-            if (!copies) {
-              g = grad_tile;
-              row_stride = args.grad_pixel_stride;
-            }
+            if (!copies) g = {grad_tile, args.grad_pixel_stride};
           }
           if (copies && !copied_once) {
             copy_rows<S, T>(grad_tile, args.grad_pixel_stride, pixels, channels, factors, g_rows, g_stride);
@@ -1220,8 +1305,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
           if constexpr (Same<S, T>::value) {
             if (straight && i + 1 == chunks.begin(chunk + 1)) sums.c = dw + b0, sums.c_stride = c_hidden;
           }
-          add_products<T>(g, row_stride, channels, a, hidden_stride, round_up(columns, panel_width<T>()), pixels, sums,
-                          &ahead);
+          add_products<T>(g, channels, {a, hidden_stride}, round_up(columns, panel_width<T>()), pixels, sums, &ahead);
         }
       }
       for (int64_t c = 0; dw && direct && !straight && c < channels; ++c) {
@@ -1349,12 +1433,12 @@ void conv3x3_gradients(const Conv3x3Gradients<S, T>& args, const Image<S>& x, co
               copy_rows<T, T>(from, c_partial, columns, 3 * c_partial, static_cast<const T*>(nullptr),
                               patches + pixel * patch_stride, patch_stride);
             } else if (inside) {
-              add_products<T>(du_tile + pixel * du_stride, du_stride, n1 - n0, from, c_partial, tap_stride, columns,
+              add_products<T>({du_tile + pixel * du_stride, du_stride}, n1 - n0, {from, c_partial}, tap_stride, columns,
                               {true, sum, 3 * tap_stride, sum, 3 * tap_stride});
             }
           }
           if (copied) {
-            add_products<T>(du_tile, du_stride, n1 - n0, patches, patch_stride, tap_stride, t.pixels(),
+            add_products<T>({du_tile, du_stride}, n1 - n0, {patches, patch_stride}, tap_stride, t.pixels(),
                             {true, sum, 3 * tap_stride, sum, 3 * tap_stride});
           }
         }
@@ -1411,8 +1495,8 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
   // Where threads share dw_pw's rows each reads u whole: it is put together once, unless it is large.
   const bool whole_u = dw_pw && !fused && !chunks.many(parallel.num_threads) &&
                        extent.pixels * all_stride * static_cast<int64_t>(sizeof(T)) <= kMostCopied;
-  const int64_t u_stride = whole_u ? all_stride : padded_n(c_partial, sizeof(T));
-  T *u, *du, *kept_dz, *pw_products;
+  const int64_t u_stride = padded_n(c_partial, sizeof(T)), n_all = round_up(channels, panel_width<T>());
+  T *u, *u_tiles, *du, *kept_dz, *pw_products;
   TotalGradient<S, T> total = {static_cast<const S*>(args.dz),
                                args.dz_pixel_stride,
                                static_cast<const S*>(args.z),
@@ -1428,6 +1512,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     if (round) shared = {static_cast<char*>(scratch(kSlotShared, shared.used)), 0};
     total.take(&shared, c_out);
     u = shared.take<T>(dw_pw && !fused ? extent.pixels * u_stride : 0);
+    u_tiles = shared.take<T>(whole_u ? extent.pixels * n_all : 0);
     du = shared.take<T>(need_du ? extent.pixels * du_stride : 0);
     kept_dz = shared.take<T>(keeps_dz ? extent.pixels * kept_stride : 0);
     pw_products = shared.take<T>(dw_pw && !direct ? chunks.count * c_out * all_stride : 0);
@@ -1448,14 +1533,11 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                  dx + (pixel + p) * channels + split, b1 - split);
     }
   };
-  // The channels of u that are x's own; all of u from them and the convolved ones.
-  const auto load_untouched = [&](int64_t pixel, int64_t pixels, T* rows) {
-    copy_rows<S, T>(x.data + pixel * args.x_pixel_stride + c_partial, args.x_pixel_stride, pixels, channels - c_partial,
-                    static_cast<const T*>(nullptr), rows + c_partial, all_stride);
-  };
+  // u from its convolved channels and those that are x's own.
   const auto load_u = [&](int64_t pixel, int64_t pixels, const T* convolved, int64_t stride, T* rows) {
     copy_rows<T, T>(convolved, stride, pixels, c_partial, static_cast<const T*>(nullptr), rows, all_stride);
-    load_untouched(pixel, pixels, rows);
+    copy_rows<S, T>(x.data + pixel * args.x_pixel_stride + c_partial, args.x_pixel_stride, pixels, channels - c_partial,
+                    static_cast<const T*>(nullptr), rows + c_partial, all_stride);
   };
   // Where du's last products go instead of sums, and what joins them: for whole panels on one side of c_partial, which
   // store_du need not copy.
@@ -1526,12 +1608,17 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
     const int64_t dz_stride = row_pitch<T>(block);
     // The last tile's sums are dw_pw, as in act_pw_residual_backward.
     const bool straight = direct && Same<S, T>::value && channels % panel_width<T>() == 0 && extent.pixels > 0;
-    const int64_t n = round_up(channels, panel_width<T>());
     conv3x3_rows<S, T>(x, w_partial, extent, u, u_stride, parallel);
     if (whole_u) {
       parallel_for(parallel, extent.pixels, [&](int64_t begin, int64_t end) {
-        load_untouched(begin, end - begin, u + begin * u_stride);
-        for (int64_t p = begin; p < end; ++p) clear(u + p * u_stride + channels, n - channels);
+        T* const row = static_cast<T*>(scratch(kSlotTile, all_stride * static_cast<int64_t>(sizeof(T))));
+        clear(row, all_stride);
+        for (int64_t p = begin; p < end; ++p) {
+          load_u(p, 1, u + p * u_stride, u_stride, row);
+          for_column_tiles<T>(n_all, [&](int64_t first, int64_t columns) {
+            copy_vectors(row + first, 0, 1, columns, u_tiles + first * extent.pixels + p * columns);
+          });
+        }
       });
     }
     share_chunks(parallel, chunks, c_out, kRowUnit, kPieceRows, [&](int64_t chunk, int64_t n0, int64_t n1) {
@@ -1557,9 +1644,13 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
                             kept_dz + pixel * kept_stride + b0, kept_stride);
           }
           Ahead ahead;
+          Operand<T> all_of_u = {rows, all_stride};
           if (whole_u) {
             const Tiling::Tile next = tiling.tile(i + 1 < tile1 ? i + 1 : tile0);
-            ahead.add(u, u_stride, next.pixel(args.width), next.pixels());
+            for_column_tiles<T>(n_all, [&](int64_t first, int64_t columns) {
+              ahead.add(u_tiles + first * extent.pixels, columns, next.pixel(args.width), next.pixels());
+            });
+            all_of_u = {u_tiles, 0, extent.pixels, pixel};
           } else {
             load_u(pixel, pixels, u + pixel * u_stride, u_stride, rows);
           }
@@ -1567,8 +1658,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           if constexpr (Same<S, T>::value) {
             if (straight && i + 1 == tile1) sums.c = dw_pw + b0 * channels, sums.c_stride = channels;
           }
-          add_products<T>(dz, dz_stride, b1 - b0, whole_u ? u + pixel * u_stride : rows, all_stride, n, pixels, sums,
-                          &ahead);
+          add_products<T>({dz, dz_stride}, b1 - b0, all_of_u, n_all, pixels, sums, &ahead);
         }
         if (direct && !straight) {
           if (extent.pixels == 0) clear(own, (b1 - b0) * all_stride);
@@ -1615,7 +1705,7 @@ void pw_stats_backward_as(const PwStatsBackward& args, const ParallelFor& parall
           pconv.run(x, extent.height, extent.width, t, extent.rows, nullptr, &ahead);
           load_u(pixel, pixels, pconv.u, pconv.u_stride, rows);
           T* const product = pw_products + chunk * c_out * all_stride;
-          add_products<T>(dz, dz_stride, c_out, rows, all_stride, round_up(channels, panel_width<T>()), pixels,
+          add_products<T>({dz, dz_stride}, c_out, {rows, all_stride}, round_up(channels, panel_width<T>()), pixels,
                           {i > chunks.begin(chunk), product, all_stride, product, all_stride}, &ahead);
         }
       }
@@ -1901,7 +1991,7 @@ void patch_conv_backward_as(const PatchConvBackward& args, const ParallelFor& pa
           load_patches(x, t, out_height, args.kh, args.kw, channels, patch_stride, patches);
         }
         T* const product = products + (chunk * c_out + n0) * product_stride;
-        add_products<T>(g_rows, g_stride, n1 - n0, patches, patch_stride, product_stride, t.pixels(),
+        add_products<T>({g_rows, g_stride}, n1 - n0, {patches, patch_stride}, product_stride, t.pixels(),
                         {i > chunks.begin(chunk), product, product_stride, product, product_stride}, &ahead);
       }
     });
