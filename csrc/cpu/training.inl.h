@@ -744,8 +744,8 @@ void add_products(const Operand<T>& a, int64_t m, const Operand<T>& b, int64_t n
                   Ahead* ahead = nullptr) {
   constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes, kWidest = kOuterVecs * kLanes;
   if (pixels <= 0) return;
-  // Rows that a single tile of columns reads are not worth a copy.
-  const bool dense = a.pixels || b.pixels || n > 3 * kLanes, gathers = dense && !a.pixels;
+  // Rows that one or two tiles of columns read are not worth a copy.
+  const bool dense = a.pixels || b.pixels || n >= 9 * kLanes, gathers = dense && !a.pixels;
   T* const columns =
       static_cast<T*>(scratch(kSlotProducts, (kWidest + (gathers ? m : 0)) * pixels * static_cast<int64_t>(sizeof(T))));
   T* const rows_of_groups = columns + kWidest * pixels;
