@@ -3,8 +3,8 @@
 // Each operator walks tiles of pixels as the inference kernels do, and recomputes u and a tile by tile rather than keep
 // them. Three kinds of GEMM appear. Those along channels (z, the projection, da, du) are `gemm`'s, whose B operand is
 // packed here by each thread for the columns it works on, because weights change at every step. The weight gradients
-// run along pixels, dw = g^T a: both operands are read a row of channels at a time, so the micro-kernel `outer` adds
-// products of a few channels of g with a few vectors of a, pixel by pixel.
+// run along pixels, dw = g^T a: the micro-kernel `outer` adds products of a few channels of g with a few vectors of a,
+// pixel by pixel, and reads them from where these channels and vectors of a tile lie together (Operand).
 //
 // Work is shared among threads in one of two ways. Where there are many pixels each thread takes tiles, and packs all
 // weights for itself; where there are few, each takes columns, and no weight is packed or read twice. Sums over pixels
@@ -21,7 +21,7 @@ constexpr int64_t kBlockElements = 144 << 10;  // of a packed weight that is wal
 constexpr int64_t kChunkPixels = 512;          // of one partial sum of a weight gradient, at least
 constexpr int64_t kSmallWeight = 64 << 10;     // a larger weight's partial sums cost more: twice the pixels
 constexpr int64_t kMaxChunks = 32;
-constexpr int64_t kMostCopied = 16 << 20;  // bytes of a gradient or of u that are copied whole
+constexpr int64_t kMostCopied = 16 << 20;  // bytes of a gradient, twice, or of u that are copied whole
 // Rows of a weight gradient are shared in multiples of kRowUnit: three groups of 8 rows, two of 12, four of 6.
 constexpr int64_t kRowUnit = 24;
 constexpr int64_t kPieceRows = 7;  // units that a thread takes at least where it reads all channels of u for them
@@ -567,15 +567,17 @@ void pack_conv3x3(const WeightView<const S>& w, bool transposed, int64_t n0, int
 }
 // ---- Products along pixels ------------------------------------------------------------------------------------------
 
-// sums[kRows][kVecs vectors] (+)= sum over pixels of a[pixel][row] * b[pixel][column], in chains of additions, `chain`
-// pixels long, of which the last goes to c; that may be sums as well. Pixels of b are dense: kVecs vectors. Each turn
-// of kOuterUnroll pixels fetches a cache line from `prefetch` on, `prefetch_step` bytes apart.
 constexpr int kOuterUnroll = 2;
+
+// sums[kRows][kVecs vectors] (+)= sum over pixels of a[pixel][row] * b[pixel][column], in chains of additions, `chain`
+// pixels long, of which the last goes to c; that may be sums as well. Each turn of kOuterUnroll pixels fetches a cache
+// line from `prefetch` on, `prefetch_step` bytes apart.
 template <class T>
 struct Outer {
   const T* a;
   int64_t a_stride;
   const T* b;
+  int64_t b_stride;
   int64_t pixels, chain;
   bool add;
   T* sums;
@@ -601,10 +603,10 @@ void outer(const Outer<T>& o) {
     }
     const int64_t pixels = clip(o.chain, left), stride = left > o.chain ? o.sums_stride : o.c_stride;
     T* const to = left > o.chain ? o.sums : o.c;
-    const auto step = [&](const T* values, int u) __attribute__((always_inline)) {
+    const auto step = [&](const T* values, const T* columns) __attribute__((always_inline)) {
       V w[kVecs];
       FASTERNET_UNROLL
-      for (int j = 0; j < kVecs; ++j) w[j] = load<V>(b + (u * kVecs + j) * kLanes);
+      for (int j = 0; j < kVecs; ++j) w[j] = load<V>(columns + j * kLanes);
       FASTERNET_UNROLL
       for (int r = 0; r < kRows; ++r) {
         const bool from_memory = kFmaFromMemory && r % 3 == 0;  // more would be too many loads, as in micro
@@ -617,16 +619,16 @@ void outer(const Outer<T>& o) {
     };
     const auto advance = [&](int steps) __attribute__((always_inline)) {
       a += steps * o.a_stride;
-      b += steps * kVecs * kLanes;
+      b += steps * o.b_stride;
     };
     for (int64_t turns = pixels / kOuterUnroll; turns > 0; --turns, prefetch += o.prefetch_step) {
       __builtin_prefetch(prefetch, 0, 2);
       FASTERNET_UNROLL
-      for (int u = 0; u < kOuterUnroll; ++u) step(a + u * o.a_stride, u);
+      for (int u = 0; u < kOuterUnroll; ++u) step(a + u * o.a_stride, b + u * o.b_stride);
       advance(kOuterUnroll);
     }
     for (int64_t p = pixels % kOuterUnroll; p > 0; --p) {
-      step(a, 0);
+      step(a, b);
       advance(1);
     }
     FASTERNET_UNROLL
@@ -657,7 +659,8 @@ void gather(const T* a, int64_t stride, int64_t pixels, T* to) {
 }
 
 // The most rows of a tile of so many vectors. In the 32 registers of AVX-512 9 rows x 3 vectors, whose 27 products take
-// 36 instructions a pixel, and 6 x 4 or 12 x 2 where three do not divide the columns; in 16 registers 4 x 3 and 6 x 2.
+// 36 instructions a pixel, and of rows in place 6 x 4 or 12 x 2 where three do not divide the columns; in 16 registers
+// 4 x 3 and 6 x 2.
 constexpr int kOuterVecs = FASTERNET_VECTOR_BYTES == 64 ? 4 : 3;
 constexpr int outer_rows(int vecs) {
   if (FASTERNET_VECTOR_BYTES == 64) return vecs == 4 ? 6 : vecs == 3 ? 9 : 12;
@@ -666,20 +669,32 @@ constexpr int outer_rows(int vecs) {
 template <class T, int kVecs>
 struct OuterTable {
   void (*rows[outer_rows(kVecs) + 1])(const Outer<T>&);
-  void (*gather_rows[outer_rows(kVecs) + 1])(const T*, int64_t, int64_t, T*);
-  constexpr OuterTable() : rows(), gather_rows() { fill<1>(); }
+  constexpr OuterTable() : rows() { fill<1>(); }
   template <int kRows>
   constexpr void fill() {
     rows[kRows] = outer<T, kRows, kVecs>;
-    gather_rows[kRows] = gather<T, kRows>;
     if constexpr (kRows < outer_rows(kVecs)) fill<kRows + 1>();
   }
 };
 template <class T, int kVecs>
 constexpr OuterTable<T, kVecs> kOuter{};
 
-// The tile of the next columns, of which `left` vectors are left. Four are one tile, unless its rows are dense, or two
-// of two, as in column_tile.
+constexpr int kDenseRows = outer_rows(3);  // the most of a dense group, whatever the columns
+template <class T>
+struct GatherTable {
+  void (*rows[kDenseRows + 1])(const T*, int64_t, int64_t, T*);
+  constexpr GatherTable() : rows() { fill<1>(); }
+  template <int kRows>
+  constexpr void fill() {
+    rows[kRows] = gather<T, kRows>;
+    if constexpr (kRows < kDenseRows) fill<kRows + 1>();
+  }
+};
+template <class T>
+constexpr GatherTable<T> kGather{};
+
+// The tile of the next columns, of which `left` vectors are left. Four are one tile of rows in place, or as in
+// column_tile two of two, which dense groups of rows fit.
 template <class T>
 struct OuterTile {
   int64_t vectors;
@@ -694,9 +709,10 @@ OuterTile<T> outer_tile(int64_t left, bool dense) {
   return {1, outer_rows(1), kOuter<T, 1>.rows};
 }
 
-// Where a tile of a product along pixels finds an operand. In rows `stride` apart the pixels of a tile are each on
-// another page, and their cache lines more than L1 has room for; so they are brought together, for all pixels in groups
-// of rows or tiles of columns, or by add_products for its own.
+// Where a product along pixels finds an operand. In rows `stride` apart the pixels of a tile are each on another page,
+// and their cache lines more than L1 has room for; so rows are brought together in groups and columns in tiles, for all
+// pixels beforehand or by add_products for its own. Dense operands are cut for the very m and n of the product, and
+// dense columns go with dense rows.
 template <class T>
 struct Operand {
   const T* data;
@@ -706,12 +722,14 @@ struct Operand {
     return pixels ? data + column * pixels + first * width : data + column;
   }
 };
-// f(first row, rows) of the groups of m dense rows; f(first column, columns) of the tiles of n dense columns.
-template <class F>
-void for_row_groups(int64_t m, const F& f) {
-  const int64_t groups = ceil_div(m, outer_rows(3));
-  for (int64_t i = 0; i < groups; ++i) f(i * m / groups, (i + 1) * m / groups - i * m / groups);
-}
+// m rows in groups of nearly equal size.
+struct RowGroups {
+  int64_t m, count;
+  RowGroups(int64_t m_, int most) : m(m_), count(ceil_div(m_, most)) {}
+  int64_t first(int64_t i) const { return i * m / count; }
+  int64_t rows(int64_t i) const { return first(i + 1) - first(i); }
+};
+// f(first column, columns) of the dense tiles of n columns.
 template <class T, class F>
 void for_column_tiles(int64_t n, const F& f) {
   constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
@@ -721,16 +739,14 @@ void for_column_tiles(int64_t n, const F& f) {
     j += width;
   }
 }
-template <class T>
-void gather_rows(const T* a, int64_t stride, int64_t rows, int64_t pixels, T* to) {
-  kOuter<T, 3>.gather_rows[rows](a, stride, pixels, to);
-}
 
 // sums[m][n] (+)= sum over pixels of a[pixel][m] * b[pixel][n], the last additions in c. n is whole panels. Chains of
 // additions are kOuterDepth long at most, which keeps the rounding error of many pixels near that of a few. While it
 // runs it fetches what lies ahead.
 constexpr int64_t kOuterDepth = kTilePixels / 2;
-constexpr int64_t kShortRow = 24;  // pixels that are too few for reading and writing c
+constexpr int64_t kShortRow = 24;        // pixels that are too few for reading and writing c
+constexpr int64_t kManyColumns = 256;    // from here on both operands are copied, if they are not dense
+constexpr int64_t kGatheredGroups = 16;  // of rows that are gathered at a time: 64 KB of a tile of AVX-512
 template <class T>
 struct Sums {
   bool add;
@@ -742,19 +758,18 @@ struct Sums {
 template <class T>
 void add_products(const Operand<T>& a, int64_t m, const Operand<T>& b, int64_t n, int64_t pixels, const Sums<T>& sums,
                   Ahead* ahead = nullptr) {
-  constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes, kWidest = kOuterVecs * kLanes;
+  constexpr int64_t kLanes = VecOf<T, FASTERNET_VECTOR_BYTES>::kLanes;
   if (pixels <= 0) return;
-  // Rows that one or two tiles of columns read are not worth a copy.
-  const bool dense = a.pixels || b.pixels || n >= 9 * kLanes, gathers = dense && !a.pixels;
-  T* const columns =
-      static_cast<T*>(scratch(kSlotProducts, (kWidest + (gathers ? m : 0)) * pixels * static_cast<int64_t>(sizeof(T))));
-  T* const rows_of_groups = columns + kWidest * pixels;
-  Operand<T> rows_of_a = a;
-  if (gathers) {
-    for_row_groups(m, [&](int64_t row, int64_t rows) {
-      gather_rows(a.at(row, rows), a.stride, rows, pixels, rows_of_groups + row * pixels);
-    });
-    rows_of_a = {rows_of_groups, 0, pixels};
+  // Copies pay where many columns read a gathered row, and where a small network's operands are in reach they do not.
+  const bool dense = a.pixels || b.pixels || n >= kManyColumns, gathers = dense && !a.pixels;
+  const RowGroups all(m, kDenseRows);
+  const int64_t at_a_time = gathers ? kGatheredGroups : all.count;
+  T *columns, *gathered;
+  Carver carver;
+  for (int round = 0; round < 2; ++round) {
+    if (round) carver = {static_cast<char*>(scratch(kSlotProducts, carver.used)), 0};
+    columns = carver.take<T>(dense && !b.pixels ? 3 * kLanes * pixels : 0);
+    gathered = carver.take<T>(gathers ? clip(m, kGatheredGroups * kDenseRows) * pixels : 0);
   }
   Outer<T> o = {};
   o.pixels = pixels;
@@ -762,31 +777,40 @@ void add_products(const Operand<T>& a, int64_t m, const Operand<T>& b, int64_t n
   o.add = sums.add;
   o.sums_stride = sums.sums_stride;
   o.c_stride = sums.c_stride;
-  for (int64_t j = 0; j < n;) {
-    const OuterTile<T> tile = outer_tile<T>((n - j) / kLanes, dense);
-    const int64_t groups = ceil_div(m, dense ? outer_rows(3) : tile.most_rows), width = tile.vectors * kLanes;
-    o.b = b.at(j, width);
-    if (!b.pixels && b.stride != width) {
-      copy_vectors(o.b, b.stride, pixels, width, columns);
-      o.b = columns;
+  for (int64_t begin = 0; begin < all.count; begin += at_a_time) {
+    const int64_t end = clip(begin + at_a_time, all.count), row0 = all.first(begin);
+    for (int64_t i = begin; gathers && i < end; ++i) {
+      const int64_t row = all.first(i);
+      kGather<T>.rows[all.rows(i)](a.at(row, 0), a.stride, pixels, gathered + (row - row0) * pixels);
     }
-    for (int64_t i = 0; i < groups; ++i) {
-      const int64_t row = i * m / groups, rows = (i + 1) * m / groups - row;
-      const char* fetch = nullptr;
-      if (a.pixels && j == 0 && i + 1 < groups) {  // the next rows, which no other tile of columns has brought
-        fetch = reinterpret_cast<const char*>(a.at(row + rows, (i + 2) * m / groups - row - rows));
-      } else if (ahead) {
-        fetch = ahead->take(pixels / kOuterUnroll * kPanelBytes);
+    for (int64_t j = 0; j < n;) {
+      const OuterTile<T> tile = outer_tile<T>((n - j) / kLanes, dense);
+      const int64_t width = tile.vectors * kLanes;
+      o.b = b.at(j, width);
+      o.b_stride = dense ? width : b.stride;
+      if (dense && !b.pixels && b.stride != width) {
+        copy_vectors(o.b, b.stride, pixels, width, columns);
+        o.b = columns;
       }
-      o.a = rows_of_a.at(row, rows);
-      o.a_stride = dense ? rows : a.stride;
-      o.sums = sums.sums + row * sums.sums_stride + j;
-      o.c = sums.c + row * sums.c_stride + j;
-      o.prefetch = fetch ? fetch : reinterpret_cast<const char*>(o.b);
-      o.prefetch_step = fetch ? kPanelBytes : 0;
-      tile.rows[rows](o);
+      const RowGroups groups = dense ? all : RowGroups(m, tile.most_rows);
+      for (int64_t i = begin; i < (dense ? end : groups.count); ++i) {
+        const int64_t row = groups.first(i), rows = groups.rows(i);
+        const char* fetch = nullptr;
+        if (a.pixels && j == 0 && i + 1 < end) {  // the next rows, which no other tile of columns has brought
+          fetch = reinterpret_cast<const char*>(a.at(row + rows, groups.rows(i + 1)));
+        } else if (ahead) {
+          fetch = ahead->take(pixels / kOuterUnroll * kPanelBytes);
+        }
+        o.a = gathers ? gathered + (row - row0) * pixels : a.at(row, rows);
+        o.a_stride = dense ? rows : a.stride;
+        o.sums = sums.sums + row * sums.sums_stride + j;
+        o.c = sums.c + row * sums.c_stride + j;
+        o.prefetch = fetch ? fetch : reinterpret_cast<const char*>(o.b);
+        o.prefetch_step = fetch ? kPanelBytes : 0;
+        tile.rows[rows](o);
+      }
+      j += width;
     }
-    j += width;
   }
 }
 
@@ -1168,12 +1192,13 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
   // dw are often a power of two apart, which the caches do not bear.)
   const bool direct = chunks.count == 1 && !args.dlayer_scale;
   // The products read grad converted and scaled, and not from rows a multiple of 512 bytes apart, which would compete
-  // for a few sets of the cache. Where threads share columns that copy is made once, unless it is large, and da is
-  // computed from it too, unless it is scaled.
+  // for a few sets of the cache. Where threads share columns that copy is made once, unless it is large, and gathered
+  // for the products; da is computed from it too, unless it is scaled.
   const bool copies = need_products && (!Same<S, T>::value || sample_scale ||
                                         args.grad_pixel_stride * static_cast<int64_t>(sizeof(T)) % 512 == 0);
   const bool copied_once = copies && !chunks.many(parallel.num_threads) &&
                            extent.pixels * g_stride * static_cast<int64_t>(sizeof(T)) <= kMostCopied;
+  const bool da_from_copy = copied_once && need_da && !sample_scale;
   const bool own_rows = Same<S, T>::value ? copies && !copied_once : !copied_once || sample_scale;
   double *dshifts, *dscales, *dsamples;
   T *products, *g_all, *g_groups;
@@ -1194,10 +1219,12 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
                         sample_scale ? sample_scale + p / area : static_cast<const T*>(nullptr), g_all + p * g_stride,
                         0);
       }
-      for_row_groups(channels, [&](int64_t first, int64_t rows) {
-        gather_rows(g_all + begin * g_stride + first, g_stride, rows, end - begin,
-                    g_groups + first * extent.pixels + begin * rows);
-      });
+      const RowGroups groups(channels, kDenseRows);
+      for (int64_t i = 0; i < groups.count; ++i) {
+        const int64_t first = groups.first(i), rows = groups.rows(i);
+        kGather<T>.rows[rows](g_all + begin * g_stride + first, g_stride, end - begin,
+                              g_groups + first * extent.pixels + begin * rows);
+      }
     });
   }
   share_chunks(parallel, chunks, c_hidden, kColumnUnit, kPieceUnits, [&](int64_t chunk, int64_t n0, int64_t n1) {
@@ -1241,8 +1268,9 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
         Ahead ahead;
         if (i + 1 < chunks.begin(chunk + 1)) {
           const int64_t after = tiling.tile(i + 1).pixels();
-          ahead.add(copied_once ? g_all : nullptr, g_stride, pixel + pixels, after);
-          ahead.add(copied_once && !sample_scale ? nullptr : grad, args.grad_pixel_stride, pixel + pixels, after);
+          ahead.add(da_from_copy ? g_all : nullptr, g_stride, pixel + pixels, after);
+          ahead.add(copied_once && (da_from_copy || !need_da) ? nullptr : grad, args.grad_pixel_stride, pixel + pixels,
+                    after);
           ahead.add(z, args.z_pixel_stride, pixel + pixels, after);
           ahead.add(dz, c_hidden, pixel + pixels, after);
         }
@@ -1258,7 +1286,7 @@ void act_pw_residual_backward_as(const ActPwResidualBackward& args, const Parall
           Gemm<T> g = {};
           const T* rows = g_rows;
           int64_t row_stride = g_stride;
-          if (copied_once && !sample_scale) {
+          if (da_from_copy) {
             rows = g_all + pixel * g_stride;
           } else if constexpr (Same<S, T>::value) {
             rows = grad_tile;
