@@ -589,6 +589,7 @@ void test_type() {
   Block<T>({{1, 6, 5, 70}, 16, 130}).test();  // whole panels of one kernel column, wide weights
   Block<T>({{1, 6, 5, 129}, 48, 70}).test();
   Block<T>({{1, 14, 14, 48}, 12, 96}).test();  // the last of several tiles' sums are the gradient
+  Block<T>({{1, 9, 13, 96}, 96, 40}).test();   // so many columns that add_products gathers both operands
   // Rows of z, and of sums, that share a set of L1: several passes of K, and blocks of a power of two of columns.
   Block<T>({{1, 2, 3, 260}, 8, 1024}).test();
   Block<T>({{1, 5, 7, 128}, 32, 256}).test();
