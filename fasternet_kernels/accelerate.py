@@ -16,10 +16,11 @@ import functools
 import inspect
 import itertools
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -31,11 +32,21 @@ from .modules import (
     PackingModule,
     PConv,
     act_name,
+    branch_scales,
+    drops_paths,
     hooked,
     must_run_plainly,
 )
-from .reference import ACTS, BLOCK, EMIT, HEAD, PATCH_CONV, compute_dtype
-from .training import NORMS, is_fused, process_group, uses_batch_statistics
+from .reference import ACTS, BLOCK, EMIT, HEAD, PATCH_CONV, apply_act, compute_dtype
+from .training import (
+    NORMS,
+    Layer,
+    batch_norm_layers,
+    is_fused,
+    is_one_op,
+    process_group,
+    uses_batch_statistics,
+)
 from .watch import Watch, attributes, has
 
 _ops = torch.ops.fasternet_kernels
@@ -521,7 +532,10 @@ def _randomised_copy(module: nn.Module) -> nn.Module:
 
 
 def _difference(a, b) -> float:
-    """Relative L2 distance; infinite where the results are not comparable."""
+    """Relative L2 distance, the largest of a list's or a tuple's; infinite where the results are
+    not comparable."""
+    if type(a) is type(b) and type(a) in (list, tuple) and len(a) == len(b) > 0:
+        return float(torch.tensor([_difference(*pair) for pair in zip(a, b)]).max())  # keeps NaN
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape:
         return float("inf")
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
@@ -573,26 +587,30 @@ def _prove(module: nn.Module, match: _Match) -> None:
         when = "in training mode" if training else "in eval mode"
         for seed, shape in enumerate(match.shapes):
             _agree(ours, theirs, _image(*shape) * 1000.0**seed, seed, when)
-        for (name, a), b in zip(ours.named_buffers(), theirs.buffers()):
-            if a.is_floating_point() and not _difference(a, b) <= _TOLERANCE:
-                raise _Refused(f"it updates {name} differently")
+        _agree_in_buffers(ours, theirs)
+
+
+def _agree_in_buffers(ours: nn.Module, theirs: nn.Module) -> None:
+    for (name, a), b in zip(ours.named_buffers(), theirs.buffers()):
+        if a.is_floating_point() and not _difference(a, b) <= _TOLERANCE:
+            raise _Refused(f"it updates {name} differently")
 
 
 # ---- Networks ------------------------------------------------------------------------------------
 
 
 class SwappedNetwork(_Swapped):
-    """A whole network that runs as one op when nothing needs gradients, else module by module.
+    """A whole network that runs as one op in eval without gradients, and as a few layers of
+    autograd in training with the batch statistics of one process; else module by module.
 
-    A plan of packed weights is kept from call to call; each call makes sure that the model still
-    has the modules, parameters, buffers, modes and settings that it was made of, and no hooks.
+    A plan is kept from call to call; each call makes sure that the model still has the modules,
+    parameters, buffers, modes and settings that it was made of, and no hooks.
     """
 
     def fused(self, x):
         network = self.__dict__[_NETWORK]
         unfused = (
-            torch.is_grad_enabled()
-            or self.training
+            torch.is_grad_enabled() != self.training
             or torch.compiler.is_compiling()
             or network.model is not self  # a shallow copy, as DataParallel makes
             or not isinstance(x, Tensor)
@@ -604,13 +622,15 @@ class SwappedNetwork(_Swapped):
         if unfused:
             network.kept = None
             return self.original(x)
-        plan = network.plan()
+        plan = network.training_plan() if self.training else network.plan()
         if plan is None:
             return self.original(x)
         dtype = x.dtype
         cast = torch.is_autocast_enabled("cpu") and torch.float64 not in (dtype, plan.dtype)
         if (dtype != plan.dtype and not cast) or not plan.fits(x):
             return self.original(x)  # whose modules say what is wrong
+        if self.training:
+            return self.original(x) if cast else plan.run(x, self.__dict__[_RECORD].lean)
         if cast:
             x = x.to(torch.get_autocast_dtype("cpu"))
         with _BelowAutograd():  # no gradients are wanted, and its kernel in Python takes its time
@@ -638,12 +658,59 @@ class NetworkPlan(NamedTuple):
     collect: type | None  # list or tuple: of the outputs; None: the one output itself
 
     def fits(self, x: Tensor) -> bool:
-        """Whether x has the channels of the stem and pixels for every patch convolution."""
-        _, channels, height, width = x.shape
-        for kh, kw in self.patches:
-            height //= kh
-            width //= kw
-        return channels == self.channels and height > 0 and width > 0
+        return _fits(x, self.channels, self.patches)
+
+
+def _fits(x: Tensor, channels: int, patches: Iterable[tuple[int, int]]) -> bool:
+    """Whether x has the channels of the stem and pixels for every patch convolution."""
+    height, width = x.shape[2:]
+    for kh, kw in patches:
+        height //= kh
+        width //= kw
+    return x.shape[1] == channels and height > 0 and width > 0
+
+
+class _Segment(NamedTuple):
+    """Layers of training that are one node of autograd: a stage, or what of it ends in an output of
+    the network. ``blocks``: of layers whose scales are drawn or reshaped at every call."""
+
+    layers: list[Layer]
+    blocks: dict[int, BlockParts]
+    emits: bool
+
+
+class TrainingPlan(NamedTuple):
+    """The layers of a network in training, and for which calls."""
+
+    watch: Watch
+    segments: list[_Segment]
+    head: tuple[nn.Conv2d, str, nn.Linear] | None
+    dtype: torch.dtype
+    channels: int
+    patches: tuple[tuple[int, int], ...]
+    collect: type | None
+
+    def fits(self, x: Tensor) -> bool:
+        return x.shape[0] > 0 and _fits(x, self.channels, self.patches)
+
+    def run(self, x: Tensor, lean: bool):
+        """What the network returns for x of a shape that ``fits``."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        outputs = []
+        for segment in self.segments:
+            layers = list(segment.layers)
+            for i, block in segment.blocks.items():
+                parameters = (*layers[i].parameters[:5], *branch_scales(block, x))
+                layers[i] = layers[i]._replace(parameters=parameters)
+            x = batch_norm_layers(x, layers, lean)
+            if segment.emits:
+                outputs.append(x)
+        if self.head is None:
+            return outputs[0] if self.collect is None else self.collect(outputs)
+        conv, act, fc = self.head
+        x = F.adaptive_avg_pool2d(x, 1).flatten(1)
+        x = apply_act(F.linear(x, conv.weight.flatten(1), conv.bias), act)
+        return F.linear(x, fc.weight, fc.bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -683,7 +750,8 @@ class _Network:
             for name, value in attributes(m)
             if name != "training" and (m is not model or name != "forward")
         ]
-        self.kept: NetworkPlan | None = None
+        self.kept: NetworkPlan | TrainingPlan | None = None
+        self.training_refused = ""  # why it trains part by part, whatever the parts are now
 
     def __getstate__(self):
         return {**self.__dict__, "kept": None}
@@ -699,7 +767,7 @@ class _Network:
     def plan(self) -> NetworkPlan | None:
         """The plan for the network op, or None if a part cannot take part now."""
         kept = self.kept
-        if kept is not None and kept.watch.holds():
+        if isinstance(kept, NetworkPlan) and kept.watch.holds():
             return kept
         self.kept = None
         if any(m.training for m in self.model.modules()) or not self.intact():
@@ -742,6 +810,60 @@ class _Network:
         watch.add_packs(self.steps)
         dtype, channels = stem.dtype, stem.shape[1]
         plan = NetworkPlan(watch, packs, steps, dtype, channels, tuple(patches), self.collect)
+        self.kept = plan
+        return plan
+
+
+    def training_plan(self) -> TrainingPlan | None:
+        """The plan for training, or None if a part has to train by itself now: because something is
+        hooked in, a norm is frozen or shares its statistics, or weights are not parameters."""
+        kept = self.kept
+        if isinstance(kept, TrainingPlan) and kept.watch.holds():
+            return kept
+        self.kept = None
+        if self.training_refused or not self.intact():
+            return None
+        watch = Watch(self.model, values=False)
+        if watch.hooked():
+            return None
+        parameters = {id(p) for p in self.model.parameters() if p.is_leaf}
+        segments: list[_Segment] = []
+        patches = []
+        for i, step in enumerate(self.steps):
+            parts = None if "forward" in step.__dict__ else step.parts()
+            if parts is None:
+                return None
+            patch = isinstance(step, FusedPatchConv)
+            if patch:
+                (conv, norm), act = parts, "identity"
+                weights, scales = (None, conv.weight), (None, None)
+                patches.append(conv.kernel_size)
+            else:
+                conv, norm, act = parts.pw1, parts.norm, parts.act
+                weights = (parts.partial.weight, conv.weight)
+                scales = (parts.pw2.weight, parts.layer_scale)
+            if type(norm) is not nn.BatchNorm2d or not norm.training or conv.bias is not None:
+                return None
+            layer = Layer(norm, act, (*weights, norm.weight, norm.bias, *scales, None))
+            tensors = [t for t in layer.parameters if t is not None]
+            if not is_one_op(conv.weight) or not all(id(t) in parameters for t in tensors):
+                return None
+            step.drop_pack()
+            if patch or segments[-1].emits:
+                segments.append(_Segment([], {}, False))
+            layers, blocks, _ = segments[-1]
+            if not patch and (parts.layer_scale is not None or drops_paths(parts.drop_path)):
+                blocks[len(layers)] = parts
+            layers.append(layer)
+            if i in self.emit:
+                segments[-1] = segments[-1]._replace(emits=True)
+        head = None
+        if self.head is not None:
+            conv, fc = (self.model.get_submodule(name) for name in (self.head.conv, self.head.fc))
+            head = (conv, self.head.act, fc)
+        stem = segments[0].layers[0].parameters[1]
+        dtype, channels = stem.dtype, stem.shape[1]
+        plan = TrainingPlan(watch, segments, head, dtype, channels, tuple(patches), self.collect)
         self.kept = plan
         return plan
 
@@ -850,12 +972,32 @@ def _match_network(model: nn.Module) -> _Network | None:
                 got = _ops.network(x, plan.packs, plan.steps)
             except Exception as error:
                 raise _Refused(f"the chain does not run as one op: {error}") from None
-        if len(got) != len(expected):
-            raise _Refused("the chain has another number of outputs")
-        difference = max(map(_difference, got, expected))
+        difference = _difference(list(got), expected)
         if not difference <= _TOLERANCE:
             raise _Refused(f"the chain computes something else: it differs by {difference:.1e}")
-    return _Network(model, *arguments)
+    network = _Network(model, *arguments)
+    try:
+        _prove_training(twin, arguments, images)
+    except _Refused as refused:
+        network.training_refused = f"trains module by module: {refused}"
+    return network
+
+
+def _prove_training(twin: nn.Module, arguments: tuple, images: list[Tensor]) -> None:
+    """Raises _Refused unless the chain in training, as a whole and part by part, is the same: a
+    dropout in the head, for one, is only seen there."""
+    theirs = twin.train()
+    ours = copy.deepcopy(theirs)
+    plan = _Network(ours, *arguments).training_plan()
+    if plan is None:
+        raise _Refused("a norm or a layer is not in training")
+
+    def run(x):
+        return plan.run(x, lean=False)
+
+    for seed, x in enumerate(images):
+        _agree(run, theirs, x, seed, "in training mode")
+        _agree_in_buffers(ours, theirs)
 
 
 def _match_head(tail: list[str], units: dict[str, nn.Module], others: set[str]) -> _Head | None:
@@ -947,7 +1089,7 @@ def _accelerate(model: nn.Module, lean: bool, fast: bool) -> nn.Module:
         if network is not None:
             model.__dict__[_NETWORK] = network
             _swap(model, SwappedNetwork, {})
-            rows.append(Row("", "network", True))
+            rows.append(Row("", "network", True, network.training_refused))
     except _Refused as refused:
         rows.append(Row("", "network", False, str(refused)))
     for module in model.modules():

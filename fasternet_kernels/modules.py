@@ -411,12 +411,7 @@ class FusedBlock(PackingModule):
         if p is None or self.trains_unfused(p) or _empty_alone(x, p.norm):
             self.drop_pack()
             return self.unfused(x)
-        sample_scale = None
-        if drops_paths(p.drop_path):
-            # The user's own module draws the samples: same distribution, same random numbers.
-            ones = torch.ones((x.shape[0], 1, 1, 1), dtype=compute_dtype(x.dtype), device=x.device)
-            sample_scale = p.drop_path(ones).reshape(-1)
-        layer_scale = None if p.layer_scale is None else p.layer_scale.reshape(-1)
+        layer_scale, sample_scale = branch_scales(p, x)
         if layer_scale is not None and autocast_dtype(x) is not None:
             # Autocast leaves products alone: layer_scale widens the branch, and so the sum.
             x = x.to(torch.promote_types(x.dtype, layer_scale.dtype))
@@ -527,6 +522,16 @@ class FasterNetBlock(FusedBlock):
 def drops_paths(drop_path: nn.Module | None) -> bool:
     """Whether a block's drop_path may drop samples now."""
     return drop_path is not None and drop_path.training and type(drop_path) is not nn.Identity
+
+
+def branch_scales(p: BlockParts, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A block's (layer_scale, sample_scale) for input x, drawn anew."""
+    layer_scale = None if p.layer_scale is None else p.layer_scale.reshape(-1)
+    if not drops_paths(p.drop_path):
+        return layer_scale, None
+    # The user's own module draws the samples: same distribution, same random numbers.
+    ones = torch.ones((x.shape[0], 1, 1, 1), dtype=compute_dtype(x.dtype), device=x.device)
+    return layer_scale, p.drop_path(ones).reshape(-1)
 
 
 def act_name(module: nn.Module) -> str | None:

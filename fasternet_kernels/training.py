@@ -17,6 +17,10 @@ on the CPU runs both halves as one op (``batch_norm_layer``), without Python bet
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -37,6 +41,11 @@ def is_fused(t: Tensor) -> bool:
     the same ops, which is slower than the layer that it replaces. (On a GPU before compute
     capability 8.0, of which the first op warns, that PyTorch runs nevertheless.)"""
     return t.device.type in _DEVICES and not (t.is_cuda and t.dtype == torch.float64)
+
+
+def is_one_op(t: Tensor) -> bool:
+    """Whether a layer of tensors like ``t`` whose statistics are its own runs as one op now."""
+    return t.device.type in _WHOLE and not torch.compiler.is_compiling()
 
 
 def uses_batch_statistics(norm: nn.Module | None) -> bool:
@@ -94,26 +103,53 @@ def _run(op, *args):
         return op(*args)
 
 
-class _Layer(torch.autograd.Function):
-    """A layer that shares its statistics with no other process, from x to y."""
+class Layer(NamedTuple):
+    """A layer of :func:`batch_norm_layers`: its norm, the activation's name, and (w_partial, w_conv,
+    the norm's weight and bias, w_pw2, layer_scale, sample_scale), as in :func:`batch_norm_layer`."""
+
+    norm: nn.Module
+    act: str
+    parameters: tuple[Tensor | None, ...]
+
+
+class _Layers(torch.autograd.Function):
+    """Layers one after another that share their statistics with no other process."""
 
     @staticmethod
-    def forward(ctx, x, *rest):
-        parameters, (norm, act, lean) = rest[:7], rest[7:]
+    def forward(ctx, lean, norms, acts, x, *parameters):
         op = _ops.batch_norm_layer.default
-        y, z, mean, m2 = _run(op, x, *parameters, norm.eps, act)
-        _update_running_statistics(norm, mean, m2, z.shape[0] * z.shape[2] * z.shape[3])
-        ctx.eps, ctx.act = norm.eps, act
-        ctx.save_for_backward(x, *parameters, None if lean else z, mean, m2)
-        return y
+        ctx.settings = [(norm.eps, act) for norm, act in zip(norms, acts)]
+        kept, updates = [], []
+        for i, (eps, act) in enumerate(ctx.settings):
+            y, z, mean, m2 = _run(op, x, *parameters[7 * i : 7 * i + 7], eps, act)
+            kept += x, None if lean else z, mean, m2
+            updates.append((mean, m2, z.shape[0] * z.shape[2] * z.shape[3]))
+            x = y
+        # After all kernels, which take what Python needs out of the caches.
+        for norm, update in zip(norms, updates):
+            _update_running_statistics(norm, *update)
+        ctx.save_for_backward(*parameters, *kept)
+        return x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        need = ctx.needs_input_grad[:8]
         op = _ops.batch_norm_layer_backward.default
-        grads = _run(op, dy, *ctx.saved_tensors, ctx.eps, ctx.act, need)
-        return *(g if n else None for g, n in zip(grads, need)), *([None] * 3)
+        n = len(ctx.settings)
+        saved = ctx.saved_tensors
+        parameters, kept = saved[: 7 * n], saved[7 * n :]
+        need_x, *needs = ctx.needs_input_grad[3:]
+        grads: list[Tensor | None] = [None] * (7 * n)
+        for i in reversed(range(n)):
+            one = slice(7 * i, 7 * i + 7)
+            inner = need_x or any(needs[: 7 * i])
+            mask = (inner, *needs[one])
+            if not any(mask):
+                break
+            x, *statistics = kept[4 * i : 4 * i + 4]
+            dy, *own = _run(op, dy, x, *parameters[one], *statistics, *ctx.settings[i], mask)
+            grads[one] = [g if need else None for g, need in zip(own, needs[one])]
+        return None, None, None, dy if need_x else None, *grads
 
 
 class _FromStatistics(torch.autograd.Function):
@@ -242,8 +278,8 @@ def batch_norm_layer(
     parameters = (w_partial, w_conv, norm.weight, norm.bias, w_pw2, layer_scale, sample_scale)
     if group is None:
         _refuse_single_value(pixels, shape)
-        if x.device.type in _WHOLE and not torch.compiler.is_compiling():
-            return _Layer.apply(x, *parameters, norm, act, lean)
+        if is_one_op(x):
+            return _Layers.apply(lean, (norm,), (act,), x, *parameters)
     with torch.no_grad():
         if w_partial is None:
             z, mean, m2 = _run(_ops.patch_stats.default, x, w_conv)
@@ -258,3 +294,29 @@ def batch_norm_layer(
         _update_running_statistics(norm, mean, m2, count)
         invstd = (m2 / count).add_(norm.eps).rsqrt_()
     return _FromStatistics.apply(x, *parameters, z, mean, invstd, total, act, lean, group)
+
+
+def batch_norm_layers(x: Tensor, layers: Sequence[Layer], lean: bool = False) -> Tensor:
+    """:func:`batch_norm_layer` of one layer after another on the CPU, as one node of autograd.
+
+    That saves what Python does between layers. What a node keeps is freed together, so a network
+    should be several.
+
+    Args:
+        x: (B, C, H, W), for the first layer.
+        layers: at least one; no norm shares its statistics with another process.
+        lean: keep only the input of each layer and compute the rest again in backward.
+
+    Returns:
+        What the last layer returns.
+
+    Raises:
+        ValueError: one value per channel has no variance; then no running statistics are updated.
+    """
+    batch, _, height, width = x.shape
+    for _, _, parameters in layers:
+        c_out, _, kh, kw = parameters[1].shape
+        height, width = height // kh, width // kw
+        _refuse_single_value(batch * height * width, (batch, c_out, height, width))
+    norms, acts, parameters = zip(*layers)
+    return _Layers.apply(lean, norms, acts, x, *itertools.chain.from_iterable(parameters))

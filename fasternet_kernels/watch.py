@@ -1,9 +1,10 @@
-"""Whether a model is still what it was, asked before every call of a network that runs as one op.
+"""Whether a model is still what it was, asked before every call of a network that runs as a whole.
 
-Everything that decides what a model computes in eval without gradients is noted once, as tuples of
-plain objects, and compared at each call: the class of every module and the dict of its attributes,
-the attributes that its forward reads, its children, parameters and buffers (the very objects), the
-address and version of every tensor, that nothing is hooked in, and that no optimizer has stepped.
+Everything that decides what a model computes is noted once, as tuples of plain objects, and
+compared at each call: the class of every module and the dict of its attributes, the attributes that
+its forward reads, its children, parameters and buffers (the very objects), and that nothing is
+hooked in; of a model whose weights are packed also the address and version of every tensor, and
+that no optimizer has stepped.
 Nothing of this is signalled by PyTorch, so all of it is looked at each time: over a thousand
 comparisons for a FasterNet-T0. In C (``fasternet_runtime``, python/unchanged.h) that takes
 microseconds; where that module was not built, the same loop in Python takes several times as long.
@@ -47,7 +48,7 @@ _GLOBALS = vars(torch.nn.modules.module)
 # Modules whose forward is known: the attributes that it reads, and where else it looks. Of all
 # others everything is watched.
 _CONV = ("stride", "padding", "dilation", "groups", "padding_mode")
-_NORM = ("training", "eps")
+_NORM = ("training", "eps", "momentum", "track_running_stats")
 _KNOWN = {
     nn.Conv2d: _CONV,
     nn.Linear: (),
@@ -123,12 +124,14 @@ class Watch:
     """What a model was when this was made.
 
     Holds the tensors and their storage, so that nothing else can take their place in memory
-    unnoticed.
+    unnoticed. ``values``: whether the tensors must hold what they held, and forward hooks are all
+    that counts, as in inference; else tensors may be written, and backward hooks count as well.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, values: bool = True):
         modules, tensors = [], []
-        self.hooks = [(_GLOBALS, "_global_forward_hooks"), (_GLOBALS, "_global_forward_pre_hooks")]
+        kinds = ("forward", "forward_pre", *(() if values else ("backward", "backward_pre")))
+        self.hooks = [(_GLOBALS, f"_global_{kind}_hooks") for kind in kinds]
         checks = [x for own, name in self.hooks for x in (own, name, _Empty)]
         for m in model.modules():  # all of one module together: its dict is in the cache then
             own = vars(m)
@@ -136,14 +139,16 @@ class Watch:
             for name, value in attributes(m):
                 checks += own, name, value
             if m is not model:  # whose hooks run around its forward
-                for name in ("_forward_hooks", "_forward_pre_hooks"):
+                for name in (f"_{kind}_hooks" for kind in kinds):
                     self.hooks.append((own, name))
                     checks += own, name, _Empty
             for name in _CONTENTS.get(type(m), () if type(m) in _KNOWN else _ALL_CONTENTS):
                 checks += own, name, _Contents(own[name]) or _Empty
                 if name != "_modules":
                     tensors += [t for t in own[name].values() if t is not None]
-        self.optimizer_steps = _modules.optimizer_steps()
+        self.optimizer_steps = _modules.optimizer_steps() if values else None
+        if not values:
+            tensors = []
         try:
             versions = [x for t in tensors for x in (t, t._version, t.data_ptr())]
             self.storages = [t.untyped_storage() for t in tensors]
@@ -164,7 +169,7 @@ class Watch:
 
     def holds(self) -> bool:
         """Whether nothing has changed since, as far as can be told, and nothing is hooked in."""
-        if self.seen is None or self.optimizer_steps != _modules.optimizer_steps():
+        if self.seen is None or self.optimizer_steps not in (None, _modules.optimizer_steps()):
             return False
         try:
             return unchanged(*self.seen)
