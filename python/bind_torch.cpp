@@ -61,7 +61,22 @@ ScalarType wider_type(ScalarType a, ScalarType b) {
 }
 
 Tensor cast(const Tensor& t, ScalarType type) { return t.scalar_type() == type ? t : torch::stable::to(t, type); }
-Tensor dense(const Tensor& t, ScalarType type) { return torch::stable::contiguous(cast(t, type)); }
+// Tensor.contiguous(format) of 4 dimensions or, in the usual format, of any number; without its way through the
+// dispatcher where nothing is to do, as with most of what a layer of training takes.
+Tensor dense(const Tensor& t, MemoryFormat format) {
+  bool done = format == MemoryFormat::Contiguous && t.is_contiguous();
+  if (format == MemoryFormat::ChannelsLast) {
+    const auto size = t.sizes(), stride = t.strides();
+    int64_t expected = 1;
+    done = true;
+    for (int d : {1, 3, 2, 0}) {
+      done = done && (size[d] == 1 || stride[d] == expected);
+      expected *= size[d];
+    }
+  }
+  return done ? t : torch::stable::contiguous(t, format);
+}
+Tensor dense(const Tensor& t, ScalarType type) { return dense(cast(t, type), MemoryFormat::Contiguous); }
 OptionalTensor dense(const OptionalTensor& t, ScalarType type) {
   return t ? OptionalTensor(dense(*t, type)) : std::nullopt;
 }
@@ -83,7 +98,7 @@ struct ConvWeight {
   MemoryFormat format;
   Tensor tensor;
   ConvWeight(const Tensor& weight, ScalarType type)
-      : format(format_of(weight)), tensor(torch::stable::contiguous(cast(weight, type), format)) {}
+      : format(format_of(weight)), tensor(dense(cast(weight, type), format)) {}
   bool channels_last() const { return format == MemoryFormat::ChannelsLast; }
   const void* data() const { return tensor.const_data_ptr(); }
 };
@@ -682,12 +697,8 @@ std::tuple<Tensor, Tensor, Tensor> pw_stats_backward(Tensor dz, Tensor dmean, Te
   args.dw_partial = pointer(dw_partial);
   args.dw_pw = pointer(dw_pw);
   fasternet::pw_stats_backward(args, torch_threads());
-  Tensor dx_result = no_gradient(dz);
-  if (dx) {
-    if (dy && !fuse_dy) dx = torch::stable::subtract(cast(*dx, dy->scalar_type()), *dy, -1.0);
-    dx_result = finish(*dx, x.scalar_type(), format_of(x));
-  }
-  return {dx_result, gradient(dw_partial, w_partial.scalar_type(), dz), gradient(dw_pw, weight_type, dz)};
+  if (dx && dy && !fuse_dy) dx = torch::stable::subtract(cast(*dx, dy->scalar_type()), *dy, -1.0);
+  return {dx ? finish(*dx, x.scalar_type(), format_of(x)) : no_gradient(dz), gradient(dw_partial, w_partial.scalar_type(), dz), gradient(dw_pw, weight_type, dz)};
 }
 
 Tensor bn_act(Tensor z, Tensor mean, Tensor scale, Tensor shift, std::string act) {
