@@ -813,7 +813,6 @@ class _Network:
         self.kept = plan
         return plan
 
-
     def training_plan(self) -> TrainingPlan | None:
         """The plan for training, or None if a part has to train by itself now: because something is
         hooked in, a norm is frozen or shares its statistics, or weights are not parameters."""

@@ -311,7 +311,7 @@ def batch_norm_layers(x: Tensor, layers: Sequence[Layer], lean: bool = False) ->
         What the last layer returns.
 
     Raises:
-        ValueError: one value per channel has no variance; then no running statistics are updated.
+        ValueError: one value per channel has no variance.
     """
     batch, _, height, width = x.shape
     for _, _, parameters in layers:

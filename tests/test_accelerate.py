@@ -374,10 +374,14 @@ def test_report():
 # ---- Never stale ---------------------------------------------------------------------------------
 
 
+def image_for(model, batch=2):
+    return image(batch, dtype=next(model.parameters()).dtype)
+
+
 def train_step(make_optimizer, model):
     model.train()
     optimizer = make_optimizer(model.parameters())
-    wild.step(model, image())
+    wild.step(model, image_for(model))
     optimizer.step()
     model.eval()
 
@@ -389,23 +393,23 @@ def train_step_with_frozen_norms(make_optimizer, model):
         if isinstance(m, nn.BatchNorm2d):
             m.eval()
     optimizer = make_optimizer(model.parameters())
-    wild.step(model, image())
+    wild.step(model, image_for(model))
     optimizer.step()
     model.eval()
 
 
 def step_in_eval(make_optimizer, model):
     optimizer = make_optimizer(model.parameters())
-    wild.step(model, image())
+    wild.step(model, image_for(model))
     optimizer.step()
 
 
 def tune_with_frozen_statistics(make_optimizer, model):
     """A step in eval mode, the model being called without gradients before and after it."""
     optimizer = make_optimizer(model.parameters())
-    wild.step(model, image())
+    wild.step(model, image_for(model))
     with torch.no_grad():
-        model(image())
+        model(image_for(model))
     optimizer.step()
 
 
@@ -415,16 +419,18 @@ def new_parameters(model):
     for module in model.modules():
         for name, p in list(module.named_parameters(recurse=False)):
             shape, module._parameters[name] = p.shape, None
+            dtype = p.dtype
             del p
             module._parameters[name] = nn.Parameter(
-                torch.empty(shape).uniform_(-0.4, 0.4, generator=g)
+                torch.empty(shape, dtype=dtype).uniform_(-0.4, 0.4, generator=g)
             )
 
 
 def convert_and_back(model):
+    dtype = next(model.parameters()).dtype
     for module in model.modules():
         if not module._modules:
-            module.half().float()
+            module.half().to(dtype)
 
 
 def inference_edit(model):
@@ -444,7 +450,7 @@ def foreach_edit(model):
 
 
 def update_statistics(model):
-    torch.optim.swa_utils.update_bn([image(seed) for seed in (3, 4)], model)
+    torch.optim.swa_utils.update_bn([image_for(model, n) for n in (3, 4)], model)
 
 
 def replace(path, make):
@@ -457,7 +463,7 @@ def replace(path, make):
 
 def seeded(make):
     """Replaces a module by one made with arguments of the old one and random weights."""
-    return lambda old: wild.randomise(make(old), seed=9).eval()
+    return lambda old: wild.randomise(make(old), seed=9).to(old.weight.dtype).eval()
 
 
 class Doubled(nn.Module):
@@ -511,7 +517,9 @@ EDITS = {
         "stages.1.blocks.1.mlp.1",
         seeded(lambda old: nn.BatchNorm2d(old.num_features, affine=False)),
     ),
-    "group norm": replace("stages.1.blocks.1.mlp.1", lambda old: nn.GroupNorm(2, old.num_features)),
+    "group norm": replace(
+        "stages.1.blocks.1.mlp.1", seeded(lambda old: nn.GroupNorm(2, old.num_features))
+    ),
     "new convolution": replace(
         "stages.2.blocks.0.mlp.3",
         seeded(lambda old: nn.Conv2d(old.in_channels, old.out_channels, 1, bias=False)),
@@ -588,6 +596,17 @@ def test_answer_after_an_edit(edit):
     wild.assert_agree(fast, plain, x)
     with torch.inference_mode():
         wild.assert_agree(fast, plain, x)
+
+
+@pytest.mark.parametrize("edit", [*EDITS, *EDITS_SAME_VALUES])
+def test_training_after_an_edit(edit):
+    plain, fast = exact_twins()
+    wild.step(fast.train(), image_for(fast))
+    for model in (plain, fast):
+        (EDITS | EDITS_SAME_VALUES)[edit](model)
+        model.train()
+    plain.load_state_dict(fast.state_dict())
+    wild.assert_same_step(fast, plain, image_for(plain))
 
 
 def test_answer_after_an_edit_of_any_tensor():
@@ -987,9 +1006,8 @@ def test_forward_hooks(part, mode):
     plain, fast = exact_twins(partial(shallow, drop_path_rate=0.1))
     fast.train(mode == "train"), plain.train(mode == "train")
     run = partial(hooked, part=part)
-    with torch.set_grad_enabled(mode == "eval with gradients"):
-        if mode == "eval":
-            fast(image(2, 32, 48, torch.float64))
+    with torch.set_grad_enabled(mode != "eval"):
+        fast(image(2, 32, 48, torch.float64))
         assert (
             len(
                 wild.assert_agree(
@@ -1002,10 +1020,12 @@ def test_forward_hooks(part, mode):
             wild.assert_agree(fast, plain, image(2, 32, 48, torch.float64), "without the hook")
 
 
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "always", "backward"])
-def test_global_hooks(kind):
+def test_global_hooks(kind, training):
     """A hook on all modules, as profilers have, sees the leaves that it sees in eager mode."""
     plain, fast = twins()
+    fast.train(training), plain.train(training)
     hooks = torch.nn.modules.module
     register = {
         "forward": hooks.register_module_forward_hook,
@@ -1026,7 +1046,7 @@ def test_global_hooks(kind):
             handle.remove()
         return sorted(seen)
 
-    with torch.set_grad_enabled(kind == "backward"):
+    with torch.set_grad_enabled(kind == "backward" or training):
         fast(image())
         expected = leaves(plain)
         assert "stages.1.blocks.0.mlp.0" in expected
@@ -1054,8 +1074,11 @@ def backward_hooked(model, x, part, register):
 @pytest.mark.parametrize(
     "register", ["register_full_backward_hook", "register_full_backward_pre_hook"]
 )
-def test_backward_hooks(part, register):
+@pytest.mark.parametrize("training", [False, True])
+def test_backward_hooks(part, register, training):
     plain, fast = exact_twins(shallow)
+    fast.train(training), plain.train(training)
+    fast(image(2, 32, 48, torch.float64))
     run = partial(backward_hooked, part=part, register=register)
     wild.assert_agree(fast, plain, image(2, 32, 48, torch.float64), f"backward hook on {part}", run)
 

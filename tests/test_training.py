@@ -134,6 +134,69 @@ def test_nothing_is_kept_outside_save_for_backward(lean, way):
     assert sum(type(node).__name__ == layer for node in nodes) == n
 
 
+# ---- A network as a whole ------------------------------------------------------------------------
+
+
+def layer_nodes(*outputs):
+    """How many nodes of autograd the layers behind ``outputs`` are."""
+    return sum(type(node).__name__ == "_LayersBackward" for node in graph(*outputs))
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_a_stage_is_a_node(lean):
+    """Of five layers: stem and block, merging layer and two blocks. Whatever asks for the layers
+    one by one gets them: five nodes."""
+    plain, fast = twins(partial(small, drop_path_rate=0.3, layer_scale_init_value=0.5), lean=lean)
+    x, _ = batch()
+    wild.assert_same_step(fast, plain, x)
+    assert layer_nodes(fast(x)) == 2
+    handle = fast.stages[1].register_forward_hook(lambda *_: None)
+    assert layer_nodes(fast(x)) == 5
+    handle.remove()
+    assert layer_nodes(fast(x)) == 2
+    with torch.no_grad():
+        fast(x)
+        assert fast.eval()(x).grad_fn is None
+    assert layer_nodes(fast(x)) == 0  # running statistics: another op
+    fast.train().patch_embed.norm.eval()
+    assert layer_nodes(fast(x)) == 4
+    fast.train()
+    for norm in (m for m in fast.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.momentum = None
+    assert layer_nodes(fast(x)) == 2
+
+
+def test_feature_maps_are_nodes():
+    plain, fast = twins(partial(small, features_only=True))
+    x, _ = batch()
+    wild.assert_same_step(fast, plain, x)
+    assert [layer_nodes(y) for y in fast(x)] == [1, 2]
+
+
+def test_dropout_is_not_lost():
+    """What a network does in training alone: the proof sees it, and its layers run one by one."""
+    plain, fast = twins(partial(small, drop_rate=0.5))
+    x, _ = batch()
+    (row,) = [row for row in fk.report(fast).rows if row.kind == "network"]
+    assert row.swapped and "trains module by module" in row.reason
+    wild.assert_same_step(fast, plain, x)
+    assert layer_nodes(fast(x)) == 5
+
+
+def test_nothing_is_computed_for_frozen_layers(monkeypatch):
+    """Of the second stage: the merging layer is frozen, the first block is not."""
+    _, fast = twins()
+    for part in (fast.patch_embed, fast.stages[0], fast.stages[1].downsample):
+        part.requires_grad_(False)
+    x, t = batch()
+    loss = F.cross_entropy(fast(x), t)
+    calls = []
+    run = training._run
+    monkeypatch.setattr(training, "_run", lambda op, *args: calls.append(args) or run(op, *args))
+    loss.backward()
+    assert [args[-1][0] for args in calls] == [True, False]  # whether dx is wanted, in either block
+
+
 def weights_of_a_block():
     case = Case(2, 16, 5, 5)
     w = {name: t.requires_grad_() for name, t in weights(case).items()}
