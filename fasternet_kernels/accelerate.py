@@ -600,8 +600,8 @@ def _agree_in_buffers(ours: nn.Module, theirs: nn.Module) -> None:
 
 
 class SwappedNetwork(_Swapped):
-    """A whole network that runs as one op in eval without gradients, and as a few layers of
-    autograd in training with the batch statistics of one process; else module by module.
+    """A whole network that runs as one op in eval without gradients, and stage by stage in training
+    with the batch statistics of one process; else module by module.
 
     A plan is kept from call to call; each call makes sure that the model still has the modules,
     parameters, buffers, modes and settings that it was made of, and no hooks.
@@ -610,7 +610,7 @@ class SwappedNetwork(_Swapped):
     def fused(self, x):
         network = self.__dict__[_NETWORK]
         unfused = (
-            torch.is_grad_enabled() != self.training
+            (torch.is_grad_enabled() and not self.training)
             or torch.compiler.is_compiling()
             or network.model is not self  # a shallow copy, as DataParallel makes
             or not isinstance(x, Tensor)
@@ -1051,6 +1051,9 @@ def accelerate(model: nn.Module, *, lean: bool = False, fast: bool = False) -> n
     op in eval without gradients. Each swap is proved numerically first, on a random float64 copy;
     what does not pass is left alone with the reason in :func:`report`. :func:`restore` undoes it.
     Calling it again is harmless, and needed after replacing modules.
+
+    A network with batch statistics trains on the CPU as one node of autograd for each stage, where
+    nothing asks for its layers one by one.
 
     Inference and frozen batch norms run fused. With batch statistics (``train()``) a swapped block
     runs its original's forward on devices that have no fused training kernels, unless ``lean``.

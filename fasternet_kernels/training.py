@@ -104,8 +104,10 @@ def _run(op, *args):
 
 
 class Layer(NamedTuple):
-    """A layer of :func:`batch_norm_layers`: its norm, the activation's name, and (w_partial, w_conv,
-    the norm's weight and bias, w_pw2, layer_scale, sample_scale), as in :func:`batch_norm_layer`."""
+    """A layer of :func:`batch_norm_layers`, in the terms of :func:`batch_norm_layer`.
+
+    parameters: w_partial, w_conv, the norm's weight and bias, w_pw2, layer_scale, sample_scale.
+    """
 
     norm: nn.Module
     act: str
