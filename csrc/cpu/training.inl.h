@@ -659,13 +659,16 @@ void gather(const T* a, int64_t stride, int64_t pixels, T* to) {
 }
 
 // The most rows of a tile of so many vectors. In the 32 registers of AVX-512 9 rows x 3 vectors, whose 27 products take
-// 36 instructions a pixel, and of rows in place 6 x 4 or 12 x 2 where three do not divide the columns; in 16 registers
-// 4 x 3 and 6 x 2.
+// 36 instructions a pixel, and of rows in place 6 x 4 or 12 x 2 where three do not divide the columns; AArch64, which
+// does not multiply from memory, has 8 x 3; in 16 registers 4 x 3 and 6 x 2.
+#if defined(__aarch64__)
+constexpr int kOuterVecs = 4, kOuterRows[] = {12, 12, 8, 6};
+#else
 constexpr int kOuterVecs = FASTERNET_VECTOR_BYTES == 64 ? 4 : 3;
-constexpr int outer_rows(int vecs) {
-  if (FASTERNET_VECTOR_BYTES == 64) return vecs == 4 ? 6 : vecs == 3 ? 9 : 12;
-  return vecs == 3 ? 4 : 6;
-}
+constexpr int kOuterRows[] = {FASTERNET_VECTOR_BYTES == 64 ? 12 : 6, FASTERNET_VECTOR_BYTES == 64 ? 12 : 6,
+                              FASTERNET_VECTOR_BYTES == 64 ? 9 : 4, 6};
+#endif
+constexpr int outer_rows(int vecs) { return kOuterRows[vecs - 1]; }
 template <class T, int kVecs>
 struct OuterTable {
   void (*rows[outer_rows(kVecs) + 1])(const Outer<T>&);
