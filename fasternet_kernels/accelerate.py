@@ -535,7 +535,8 @@ def _difference(a, b) -> float:
     """Relative L2 distance, the largest of a list's or a tuple's; infinite where the results are
     not comparable."""
     if type(a) is type(b) and type(a) in (list, tuple) and len(a) == len(b) > 0:
-        return float(torch.tensor([_difference(*pair) for pair in zip(a, b)]).max())  # keeps NaN
+        differences = [_difference(*pair) for pair in zip(a, b)]
+        return float(torch.tensor(differences, dtype=torch.float64).max())  # keeps NaN
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape:
         return float("inf")
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
@@ -592,7 +593,8 @@ def _prove(module: nn.Module, match: _Match) -> None:
 
 def _agree_in_buffers(ours: nn.Module, theirs: nn.Module) -> None:
     for (name, a), b in zip(ours.named_buffers(), theirs.buffers()):
-        if a.is_floating_point() and not _difference(a, b) <= _TOLERANCE:
+        same = _difference(a, b) <= _TOLERANCE if a.is_floating_point() else torch.equal(a, b)
+        if not same:
             raise _Refused(f"it updates {name} differently")
 
 
@@ -685,13 +687,16 @@ class TrainingPlan(NamedTuple):
     watch: Watch
     segments: list[_Segment]
     head: tuple[nn.Conv2d, str, nn.Linear] | None
+    weights: list[Tensor]  # all of ``dtype``
     dtype: torch.dtype
     channels: int
     patches: tuple[tuple[int, int], ...]
     collect: type | None
 
     def fits(self, x: Tensor) -> bool:
-        return x.shape[0] > 0 and _fits(x, self.channels, self.patches)
+        # The weights' type is looked at each time: through .data it changes unnoticed.
+        same_type = all(w.dtype is self.dtype for w in self.weights)
+        return same_type and x.shape[0] > 0 and _fits(x, self.channels, self.patches)
 
     def run(self, x: Tensor, lean: bool):
         """What the network returns for x of a shape that ``fits``."""
@@ -709,7 +714,10 @@ class TrainingPlan(NamedTuple):
             return outputs[0] if self.collect is None else self.collect(outputs)
         conv, act, fc = self.head
         x = F.adaptive_avg_pool2d(x, 1).flatten(1)
-        x = apply_act(F.linear(x, conv.weight.flatten(1), conv.bias), act)
+        weight = conv.weight
+        if weight.stride(3) != 1:  # channels_last, as its gradient will then be
+            weight = weight.permute(0, 2, 3, 1)
+        x = apply_act(F.linear(x, weight.flatten(1), conv.bias), act)
         return F.linear(x, fc.weight, fc.bias)
 
 
@@ -729,6 +737,8 @@ class _Network:
     returns them in.
     """
 
+    training_refused = ""  # why it trains part by part, whatever the parts are now
+
     def __init__(
         self,
         model: nn.Module,
@@ -743,7 +753,7 @@ class _Network:
         self.emit, self.collect = emit, collect
         inside = {id(m) for step in self.steps for m in step.modules()}
         others = [m for m in model.modules() if id(m) not in inside]
-        self.outside = [(m, tuple(m._modules.values())) for m in others]
+        self.outside = [(m, type(m), tuple(m._modules.values())) for m in others]
         self.settings = [
             (m, name, value)
             for m in others
@@ -751,7 +761,6 @@ class _Network:
             if name != "training" and (m is not model or name != "forward")
         ]
         self.kept: NetworkPlan | TrainingPlan | None = None
-        self.training_refused = ""  # why it trains part by part, whatever the parts are now
 
     def __getstate__(self):
         return {**self.__dict__, "kept": None}
@@ -759,9 +768,10 @@ class _Network:
     def intact(self) -> bool:
         """Whether the modules outside the steps are as they were recognised."""
         return all(has(*setting) for setting in self.settings) and all(
-            len(m._modules) == len(children)
+            (type(m) is cls or m is self.model)  # whose class accelerate changes itself
+            and len(m._modules) == len(children)
             and all(a is b for a, b in zip(m._modules.values(), children))
-            for m, children in self.outside
+            for m, cls, children in self.outside
         )
 
     def plan(self) -> NetworkPlan | None:
@@ -820,13 +830,15 @@ class _Network:
         if isinstance(kept, TrainingPlan) and kept.watch.holds():
             return kept
         self.kept = None
-        if self.training_refused or not self.intact():
+        inside = (m for m in self.model.modules() if m is not self.model)
+        if self.training_refused or hooked(inside) or not self.intact():
             return None
-        watch = Watch(self.model, values=False)
-        if watch.hooked():
+        parameters = list(self.model.parameters())
+        if not all(p.is_leaf for p in parameters):  # lent for this call
             return None
-        parameters = {id(p) for p in self.model.parameters() if p.is_leaf}
+        known = set(map(id, parameters))
         segments: list[_Segment] = []
+        weights: list[Tensor] = []
         patches = []
         for i, step in enumerate(self.steps):
             parts = None if "forward" in step.__dict__ else step.parts()
@@ -835,18 +847,19 @@ class _Network:
             patch = isinstance(step, FusedPatchConv)
             if patch:
                 (conv, norm), act = parts, "identity"
-                weights, scales = (None, conv.weight), (None, None)
+                convs, scales = (None, conv.weight), (None, None)
                 patches.append(conv.kernel_size)
             else:
                 conv, norm, act = parts.pw1, parts.norm, parts.act
-                weights = (parts.partial.weight, conv.weight)
+                convs = (parts.partial.weight, conv.weight)
                 scales = (parts.pw2.weight, parts.layer_scale)
             if type(norm) is not nn.BatchNorm2d or not norm.training or conv.bias is not None:
                 return None
-            layer = Layer(norm, act, (*weights, norm.weight, norm.bias, *scales, None))
+            layer = Layer(norm, act, (*convs, norm.weight, norm.bias, *scales, None))
             tensors = [t for t in layer.parameters if t is not None]
-            if not is_one_op(conv.weight) or not all(id(t) in parameters for t in tensors):
+            if not is_one_op(conv.weight) or not all(id(t) in known for t in tensors):
                 return None
+            weights += [w for w in (*convs, scales[0]) if w is not None]
             step.drop_pack()
             if patch or segments[-1].emits:
                 segments.append(_Segment([], {}, False))
@@ -860,9 +873,12 @@ class _Network:
         if self.head is not None:
             conv, fc = (self.model.get_submodule(name) for name in (self.head.conv, self.head.fc))
             head = (conv, self.head.act, fc)
-        stem = segments[0].layers[0].parameters[1]
-        dtype, channels = stem.dtype, stem.shape[1]
-        plan = TrainingPlan(watch, segments, head, dtype, channels, tuple(patches), self.collect)
+            weights += conv.weight, fc.weight
+        dtype, channels = weights[0].dtype, weights[0].shape[1]
+        if any(w.dtype != dtype for w in weights):
+            return None
+        watch, patches = Watch(self.model, values=False), tuple(patches)
+        plan = TrainingPlan(watch, segments, head, weights, dtype, channels, patches, self.collect)
         self.kept = plan
         return plan
 
@@ -976,27 +992,74 @@ def _match_network(model: nn.Module) -> _Network | None:
             raise _Refused(f"the chain computes something else: it differs by {difference:.1e}")
     network = _Network(model, *arguments)
     try:
-        _prove_training(twin, arguments, images)
+        _prove_training(twin, arguments, _image(stem.in_channels, 2 * total[0], 2 * total[1]))
     except _Refused as refused:
         network.training_refused = f"trains module by module: {refused}"
     return network
 
 
-def _prove_training(twin: nn.Module, arguments: tuple, images: list[Tensor]) -> None:
-    """Raises _Refused unless the chain in training, as a whole and part by part, is the same: a
-    dropout in the head, for one, is only seen there."""
-    theirs = twin.train()
-    ours = copy.deepcopy(theirs)
+def _prove_training(twin: nn.Module, arguments: tuple, x: Tensor) -> None:
+    """Raises _Refused unless a step of the chain, stage by stage, is a step of the model's own
+    forward: outputs, every gradient and which there are, buffers, random numbers. What a model does
+    besides (dropout in its head, checkpointing, a detach, a counter) is seen only in training."""
+    theirs = twin.train().requires_grad_()
+    ours = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters()})
     plan = _Network(ours, *arguments).training_plan()
     if plan is None:
         raise _Refused("a norm or a layer is not in training")
+    network = _Network(theirs, *arguments)
+    names = [set(vars(m)) for m, *_ in network.outside]
+    calls = []
 
-    def run(x):
-        return plan.run(x, lean=False)
+    def note(*_):
+        calls.append(torch.is_autocast_enabled("cpu"))
 
-    for seed, x in enumerate(images):
-        _agree(run, theirs, x, seed, "in training mode")
-        _agree_in_buffers(ours, theirs)
+    handles = [step.register_forward_hook(note) for step in network.steps]
+    try:
+        expected, state = _step(theirs, theirs, x)
+    except Exception as error:  # whatever the module raises
+        raise _Refused(
+            f"it does not train on an image of shape {tuple(x.shape)}: {error}"
+        ) from None
+    finally:
+        for handle in handles:
+            handle.remove()
+    got, our_state = _step(ours, lambda x: plan.run(x, lean=False), x)
+    if any(calls) or len(calls) != len(network.steps):
+        raise _Refused("it casts, or computes its layers again in backward")
+    if not network.intact() or names != [set(vars(m)) for m, *_ in network.outside]:
+        raise _Refused("training changes its attributes")
+    if not torch.equal(state, our_state):
+        raise _Refused("it draws other random numbers")
+    if list(got) != list(expected):
+        raise _Refused("other parameters have gradients")
+    largest = max(float(t.norm()) for t in expected.values())
+    for name, e in expected.items():
+        error = float((got[name] - e).norm())
+        # Some gradients are nothing but rounding.
+        if got[name].dtype != e.dtype or not error <= 1e-8 * float(e.norm()) + 1e-12 * largest:
+            raise _Refused(f"it computes another {name}")
+    _agree_in_buffers(ours, theirs)
+
+
+def _step(module: nn.Module, run, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """(outputs and gradients by name, the state of the random numbers) after ``run(x)`` and a
+    backward from random numbers."""
+    x = x.clone().requires_grad_()
+    module.zero_grad()
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.enable_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
+        torch.manual_seed(0)
+        outputs = _as_list(run(x))
+        state = torch.get_rng_state()
+        torch.autograd.backward(outputs, list(map(torch.randn_like, outputs)))
+    parameters = ((f"gradient of {name}", p.grad) for name, p in module.named_parameters())
+    result = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
+    result |= {name: g for name, g in (("gradient of x", x.grad), *parameters) if g is not None}
+    return result, state
 
 
 def _match_head(tail: list[str], units: dict[str, nn.Module], others: set[str]) -> _Head | None:

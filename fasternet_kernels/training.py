@@ -118,19 +118,20 @@ class _Layers(torch.autograd.Function):
     """Layers one after another that share their statistics with no other process."""
 
     @staticmethod
-    def forward(ctx, lean, norms, acts, x, *parameters):
+    def forward(ctx, lean, norms, acts, first, x, *parameters):
+        """``first``: from this layer on something is kept; those before it have no gradients."""
         op = _ops.batch_norm_layer.default
         ctx.settings = [(norm.eps, act) for norm, act in zip(norms, acts)]
         kept, updates = [], []
         for i, (eps, act) in enumerate(ctx.settings):
             y, z, mean, m2 = _run(op, x, *parameters[7 * i : 7 * i + 7], eps, act)
-            kept += x, None if lean else z, mean, m2
+            kept += (x, None if lean else z, mean, m2) if i >= first else [None] * 4
             updates.append((mean, m2, z.shape[0] * z.shape[2] * z.shape[3]))
             x = y
         # After all kernels, which take what Python needs out of the caches.
         for norm, update in zip(norms, updates):
             _update_running_statistics(norm, *update)
-        ctx.save_for_backward(*parameters, *kept)
+        ctx.save_for_backward(*[None] * (7 * first), *parameters[7 * first :], *kept)
         return x
 
     @staticmethod
@@ -140,7 +141,7 @@ class _Layers(torch.autograd.Function):
         n = len(ctx.settings)
         saved = ctx.saved_tensors
         parameters, kept = saved[: 7 * n], saved[7 * n :]
-        need_x, *needs = ctx.needs_input_grad[3:]
+        need_x, *needs = ctx.needs_input_grad[4:]
         grads: list[Tensor | None] = [None] * (7 * n)
         for i in reversed(range(n)):
             one = slice(7 * i, 7 * i + 7)
@@ -151,7 +152,18 @@ class _Layers(torch.autograd.Function):
             x, *statistics = kept[4 * i : 4 * i + 4]
             dy, *own = _run(op, dy, x, *parameters[one], *statistics, *ctx.settings[i], mask)
             grads[one] = [g if need else None for g, need in zip(own, needs[one])]
-        return None, None, None, dy if need_x else None, *grads
+        return *([None] * 4), dy if need_x else None, *grads
+
+
+def _apply(lean: bool, x: Tensor, layers: Sequence[Layer]) -> Tensor:
+    norms, acts, parameters = zip(*layers)
+    first = 0
+    if not torch.is_grad_enabled():
+        first = len(layers)
+    elif not x.requires_grad:
+        needs = [any(t is not None and t.requires_grad for t in p) for p in parameters]
+        first = (*needs, True).index(True)
+    return _Layers.apply(lean, norms, acts, first, x, *itertools.chain.from_iterable(parameters))
 
 
 class _FromStatistics(torch.autograd.Function):
@@ -281,7 +293,7 @@ def batch_norm_layer(
     if group is None:
         _refuse_single_value(pixels, shape)
         if is_one_op(x):
-            return _Layers.apply(lean, (norm,), (act,), x, *parameters)
+            return _apply(lean, x, [Layer(norm, act, parameters)])
     with torch.no_grad():
         if w_partial is None:
             z, mean, m2 = _run(_ops.patch_stats.default, x, w_conv)
@@ -320,5 +332,4 @@ def batch_norm_layers(x: Tensor, layers: Sequence[Layer], lean: bool = False) ->
         c_out, _, kh, kw = parameters[1].shape
         height, width = height // kh, width // kw
         _refuse_single_value(batch * height * width, (batch, c_out, height, width))
-    norms, acts, parameters = zip(*layers)
-    return _Layers.apply(lean, norms, acts, x, *itertools.chain.from_iterable(parameters))
+    return _apply(lean, x, layers)

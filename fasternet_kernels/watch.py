@@ -48,7 +48,7 @@ _GLOBALS = vars(torch.nn.modules.module)
 # Modules whose forward is known: the attributes that it reads, and where else it looks. Of all
 # others everything is watched.
 _CONV = ("stride", "padding", "dilation", "groups", "padding_mode")
-_NORM = ("training", "eps", "momentum", "track_running_stats")
+_NORM = ("training", "eps")
 _KNOWN = {
     nn.Conv2d: _CONV,
     nn.Linear: (),

@@ -698,7 +698,8 @@ std::tuple<Tensor, Tensor, Tensor> pw_stats_backward(Tensor dz, Tensor dmean, Te
   args.dw_pw = pointer(dw_pw);
   fasternet::pw_stats_backward(args, torch_threads());
   if (dx && dy && !fuse_dy) dx = torch::stable::subtract(cast(*dx, dy->scalar_type()), *dy, -1.0);
-  return {dx ? finish(*dx, x.scalar_type(), format_of(x)) : no_gradient(dz), gradient(dw_partial, w_partial.scalar_type(), dz), gradient(dw_pw, weight_type, dz)};
+  return {dx ? finish(*dx, x.scalar_type(), format_of(x)) : no_gradient(dz),
+          gradient(dw_partial, w_partial.scalar_type(), dz), gradient(dw_pw, weight_type, dz)};
 }
 
 Tensor bn_act(Tensor z, Tensor mean, Tensor scale, Tensor shift, std::string act) {

@@ -475,6 +475,11 @@ class Doubled(nn.Module):
         return 2 * self.inner(x)
 
 
+class Halved(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) / 2
+
+
 SGD, ADAMW = (
     partial(torch.optim.SGD, lr=1e-3, fused=True),
     partial(torch.optim.AdamW, lr=1e-3, fused=True),
@@ -528,6 +533,15 @@ EDITS = {
         "stages.2.blocks.0.mlp.3",
         seeded(lambda old: nn.Conv2d(old.in_channels, old.out_channels, 1)),
     ),
+    "expansion with a bias": replace(
+        "stages.2.blocks.0.mlp.0",
+        seeded(lambda old: nn.Conv2d(old.in_channels, old.out_channels, 1)),
+    ),
+    "merging with a bias": replace(
+        "stages.1.downsample.reduction",
+        seeded(lambda old: nn.Conv2d(old.in_channels, old.out_channels, 2, stride=2)),
+    ),
+    "other class of the classifier": lambda m: setattr(m.classifier, "__class__", Halved),
     "biased 3x3": replace(
         "stages.2.blocks.0.spatial_mixing.partial_conv3",
         seeded(lambda old: nn.Conv2d(old.in_channels, old.out_channels, 3, padding=1)),
@@ -602,6 +616,7 @@ def test_answer_after_an_edit(edit):
 def test_training_after_an_edit(edit):
     plain, fast = exact_twins()
     wild.step(fast.train(), image_for(fast))
+    assert wild.layer_nodes(fast(image_for(fast))) == 4, "it does not train stage by stage"
     for model in (plain, fast):
         (EDITS | EDITS_SAME_VALUES)[edit](model)
         model.train()
@@ -934,6 +949,9 @@ def test_autocast_in_eval(dtype, grad):
 def test_autocast_in_training():
     plain, fast = twins()
     wild.assert_same_step(fast.train(), plain.train(), image(4), autocast=torch.bfloat16)
+    assert wild.layer_nodes(fast(image(4))) == 4
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wild.layer_nodes(fast(image(4))) == 9, "autocast gets its layers one by one"
 
 
 def test_autocast_then_not():

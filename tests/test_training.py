@@ -19,7 +19,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fasternet_kernels as fk
+from bench import zoo
 from fasternet_kernels import training
+
+timm = zoo.import_timm()
 
 # Relative, in float64: what a step or a run computed differently would show at all is far above,
 # rounding far below. The bound of the long run's losses at the end of this file.
@@ -39,6 +42,11 @@ def twins(make=small, dtype=torch.float64, lean=False):
     """(plain, fast) in training mode with the same weights."""
     plain = wild.randomise(make()).to(dtype).train()
     return plain, fk.accelerate(copy.deepcopy(plain), lean=lean)
+
+
+def timm_fasternet():
+    network = {"embed_dim": 16, "depths": (1, 2, 2), "num_classes": 7, "feature_dim": 24}
+    return timm.models.fasternet.FasterNet(act_layer=nn.GELU, drop_path_rate=0.0, **network)
 
 
 def batch(seed=0, size=4, dtype=torch.float64):
@@ -94,17 +102,6 @@ def test_kept_for_backward(make, share, lean_share):
     assert kept_bytes(fk.accelerate(plain, lean=True), x) <= lean_share * eager
 
 
-def graph(*outputs):
-    """All nodes of the autograd graph behind ``outputs``."""
-    seen, nodes = set(), [y.grad_fn for y in outputs]
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [n for n, _ in node.next_functions]
-    return seen
-
-
 @pytest.fixture(params=["one op", "halves"])
 def way(request, monkeypatch):
     """A layer as one op, or in the two halves between which processes share statistics and which
@@ -124,7 +121,7 @@ def test_nothing_is_kept_outside_save_for_backward(lean, way):
         fk.PConvPW(16, 8, lean=lean).double()(x.repeat(1, 6, 1, 1)[:, :16]),
         fk.fasternet_block(*double(list(weights_of_a_block().values())[:4])),
     ]
-    nodes = graph(*calls)
+    nodes = wild.graph(*calls)
     for node in nodes:
         for name, value in getattr(node, "__dict__", {}).items():
             values = value if isinstance(value, (tuple, list)) else [value]
@@ -137,11 +134,6 @@ def test_nothing_is_kept_outside_save_for_backward(lean, way):
 # ---- A network as a whole ------------------------------------------------------------------------
 
 
-def layer_nodes(*outputs):
-    """How many nodes of autograd the layers behind ``outputs`` are."""
-    return sum(type(node).__name__ == "_LayersBackward" for node in graph(*outputs))
-
-
 @pytest.mark.parametrize("lean", [False, True])
 def test_a_stage_is_a_node(lean):
     """Of five layers: stem and block, merging layer and two blocks. Whatever asks for the layers
@@ -149,38 +141,164 @@ def test_a_stage_is_a_node(lean):
     plain, fast = twins(partial(small, drop_path_rate=0.3, layer_scale_init_value=0.5), lean=lean)
     x, _ = batch()
     wild.assert_same_step(fast, plain, x)
-    assert layer_nodes(fast(x)) == 2
+    assert wild.layer_nodes(fast(x)) == 2
     handle = fast.stages[1].register_forward_hook(lambda *_: None)
-    assert layer_nodes(fast(x)) == 5
+    assert wild.layer_nodes(fast(x)) == 5
     handle.remove()
-    assert layer_nodes(fast(x)) == 2
+    assert wild.layer_nodes(fast(x)) == 2
     with torch.no_grad():
         fast(x)
         assert fast.eval()(x).grad_fn is None
-    assert layer_nodes(fast(x)) == 0  # running statistics: another op
+    assert wild.layer_nodes(fast(x)) == 0  # running statistics: another op
     fast.train().patch_embed.norm.eval()
-    assert layer_nodes(fast(x)) == 4
+    assert wild.layer_nodes(fast(x)) == 4
     fast.train()
     for norm in (m for m in fast.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.momentum = None
-    assert layer_nodes(fast(x)) == 2
+    assert wild.layer_nodes(fast(x)) == 2
 
 
 def test_feature_maps_are_nodes():
     plain, fast = twins(partial(small, features_only=True))
     x, _ = batch()
     wild.assert_same_step(fast, plain, x)
-    assert [layer_nodes(y) for y in fast(x)] == [1, 2]
+    assert [wild.layer_nodes(y) for y in fast(x)] == [1, 2]
 
 
-def test_dropout_is_not_lost():
-    """What a network does in training alone: the proof sees it, and its layers run one by one."""
-    plain, fast = twins(partial(small, drop_rate=0.5))
-    x, _ = batch()
+class Tenth(torch.autograd.Function):
+    """The identity, with a tenth of its gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dy):
+        return dy / 10
+
+
+class Own(fk.models.FasterNet):
+    """A network whose forward does something that is seen in training alone, or not in values."""
+
+    does = "nothing"
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("steps", torch.tensor(0))
+        self.calls, self.features = 0, None
+
+    def forward(self, x):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.does != "no_grad"):
+            x = self.patch_embed(x)
+        if self.does == "detach":
+            x = x.detach()
+        if self.does == "scale gradients":
+            x = Tenth.apply(x)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.does == "autocast"):
+            if self.does == "checkpoint" and self.training:
+                x = checkpoint(self.stages, x, use_reentrant=False)
+            else:
+                x = self.stages(x)
+        if self.training:
+            self.steps += self.does == "count in a buffer"
+            self.calls += self.does == "count in an attribute"
+            if self.does == "keep features":
+                self.features = x
+            if self.does == "draw" and torch.rand(()) < 0.01:
+                x = 2 * x
+        return self.forward_head(x)
+
+
+@pytest.mark.parametrize(
+    "does, reason",
+    [
+        ("nothing", ""),
+        ("no_grad", "other parameters have gradients"),
+        ("detach", "other parameters have gradients"),
+        ("scale gradients", "it computes another gradient"),
+        ("autocast", "it casts"),
+        ("checkpoint", "computes its layers again in backward"),
+        ("count in a buffer", "it updates steps differently"),
+        ("count in an attribute", "training changes its attributes"),
+        ("keep features", "training changes its attributes"),
+        ("draw", "it draws other random numbers"),
+        ("dropout", "it draws other random numbers"),
+    ],
+)
+def test_what_else_a_network_does_in_training(does, reason):
+    """It runs as a whole only where the proof has seen nothing else: the report says why not."""
+
+    def make():
+        settings = {"embed_dim": 16, "depths": (1, 2), "num_classes": 7, "feature_dim": 24}
+        rate = 0.5 if does == "dropout" else 0.0
+        model = Own(act="gelu", drop_path_rate=0.0, drop_rate=rate, **settings)
+        model.does = does
+        return model
+
+    plain, fast = twins(make)
     (row,) = [row for row in fk.report(fast).rows if row.kind == "network"]
-    assert row.swapped and "trains module by module" in row.reason
-    wild.assert_same_step(fast, plain, x)
-    assert layer_nodes(fast(x)) == 5
+    assert row.swapped and reason in row.reason and bool(row.reason) == (does != "nothing")
+    wild.assert_same_step(fast, plain, batch()[0])
+    assert fast.calls == (does == "count in an attribute")
+    assert (fast.features is not None) == (does == "keep features")
+    assert (wild.layer_nodes(fast(batch()[0])) == 2) == (does == "nothing")
+
+
+def test_checkpointing_before_accelerate():
+    """As after it: every stage computes its layers again, and keeps its input alone."""
+    plain = wild.randomise(timm_fasternet()).train()
+    plain.set_grad_checkpointing()
+    fast = fk.accelerate(copy.deepcopy(plain))
+    later = copy.deepcopy(plain)
+    later.set_grad_checkpointing(False)
+    later = fk.accelerate(later)
+    x = torch.ones(2, 3, 64, 64)
+    usual = kept_bytes(later, x)
+    later.set_grad_checkpointing()
+    assert kept_bytes(fast, x) == kept_bytes(later, x) < 0.7 * usual
+
+
+def test_other_types_than_the_stem_s():
+    """Mixed types are an error in training as a whole too, as they are layer by layer."""
+    x = batch(dtype=torch.float32)[0]
+    for part in ("stages.0", "stages.1", "conv_head"):
+        _, fast = twins(dtype=torch.float32)
+        fast(x)
+        fast.get_submodule(part).bfloat16()
+        with pytest.raises((TypeError, RuntimeError)):
+            fast(x)
+    _, fast = twins(dtype=torch.float32)
+    fast(x)
+    for p in fast.parameters():
+        p.data = p.data.bfloat16()
+    with pytest.raises(TypeError, match="dtype"):
+        fast(x)
+
+
+def test_gradients_have_the_weights_strides():
+    _, fast = twins()
+    fast.to(memory_format=torch.channels_last)
+    F.cross_entropy(fast(batch()[0]), batch()[1]).backward()
+    for name, p in fast.named_parameters():
+        assert p.grad.stride() == p.stride(), name
+
+
+def test_nothing_is_kept_without_gradients():
+    """Of layers before the first one that learns, and of none without gradients."""
+    _, fast = twins()
+    x = batch()[0]
+    whole = kept_bytes(fast, x)
+    for model in (fast.patch_embed, fast.stages[0], fast.stages[1].downsample):
+        model.requires_grad_(False)
+    part = kept_bytes(fast, x)
+    assert part < 0.5 * whole
+    restored = copy.deepcopy(fast)
+    restored.stages[1].register_forward_hook(lambda *_: None)  # layer by layer
+    assert part == kept_bytes(restored, x)
+    loss = fast(x).sum()
+    with torch.no_grad():
+        fast.patch_embed.proj.weight.mul_(0.5)  # nothing of it is needed any more
+    loss.backward()
 
 
 def test_nothing_is_computed_for_frozen_layers(monkeypatch):
@@ -232,7 +350,7 @@ def test_lean_stem_and_merging(dtype, autocast):
         x = randn(3, channels, 26, 17, seed=3, dtype=dtype)
         parts = (fast.get_submodule(part), plain.get_submodule(part))
         wild.assert_same_step(*parts, x, autocast=autocast)
-        assert sum(type(n).__name__ == "_LayersBackward" for n in graph(parts[0](x))) == 1
+        assert sum(type(n).__name__ == "_LayersBackward" for n in wild.graph(parts[0](x))) == 1
 
 
 def test_lean_is_part_of_the_model():

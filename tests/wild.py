@@ -554,11 +554,25 @@ def step(
     ]
     torch.autograd.backward(outputs, [w.to(y.dtype) for w, y in zip(weights, outputs, strict=True)])
     result = {f"output {i}": y.detach() for i, y in enumerate(outputs)}
-    result["gradient of x"] = x.grad
-    result |= {
-        f"gradient of {n}": p.grad for n, p in model.named_parameters() if p.grad is not None
-    }
+    gradients = [("x", x.grad), *((n, p.grad) for n, p in model.named_parameters())]
+    result |= {f"gradient of {n}": g for n, g in gradients if g is not None}
     return result | {n: b.detach().clone() for n, b in model.named_buffers()}
+
+
+def graph(*outputs):
+    """All nodes of the autograd graph behind ``outputs``."""
+    seen, nodes = set(), [y.grad_fn for y in outputs]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [n for n, _ in node.next_functions]
+    return seen
+
+
+def layer_nodes(*outputs):
+    """How many nodes of autograd the layers behind ``outputs`` are."""
+    return sum(type(node).__name__ == "_LayersBackward" for node in graph(*outputs))
 
 
 def assert_same_step(
