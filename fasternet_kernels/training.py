@@ -128,6 +128,7 @@ class _Layers(torch.autograd.Function):
             kept += (x, None if lean else z, mean, m2) if i >= first else [None] * 4
             updates.append((mean, m2, z.shape[0] * z.shape[2] * z.shape[3]))
             x = y
+            del y, z
         # After all kernels, which take what Python needs out of the caches.
         for norm, update in zip(norms, updates):
             _update_running_statistics(norm, *update)
