@@ -80,13 +80,14 @@ EDGES = [
 
 def taking_turns(cases, ways):
     """(case, way) parameters, all there are. Each case is quick in one of the ways, which changes
-    from stage to stage and from network to network; in the others it is slow."""
+    from stage to stage and from network to network; in the others it is slow, and everywhere if it
+    is wider than 512 channels."""
     return [
         pytest.param(
             case,
             way,
             id=f"{case.id}-{way}",
-            marks=[pytest.mark.slow] * ((i + i // 4) % len(ways) != j),
+            marks=[pytest.mark.slow] * ((i + i // 4) % len(ways) != j or case.channels > 512),
         )
         for i, case in enumerate(cases)
         for j, way in enumerate(ways)

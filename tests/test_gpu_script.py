@@ -30,6 +30,7 @@ def script(*arguments):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_dry_run(tmp_path):
     """Every section runs to its end, nothing is taken for a time, then nothing is left to do."""
     tuning = [path.read_text() for path in TUNING]
