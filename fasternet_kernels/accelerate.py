@@ -1002,29 +1002,29 @@ def _prove_training(twin: nn.Module, arguments: tuple, x: Tensor) -> None:
     """Raises _Refused unless a step of the chain, stage by stage, is a step of the model's own
     forward: outputs, every gradient and which there are, buffers, random numbers. What a model does
     besides (dropout in its head, checkpointing, a detach, a counter) is seen only in training."""
-    theirs = twin.train().requires_grad_()
-    ours = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters()})
-    plan = _Network(ours, *arguments).training_plan()
-    if plan is None:
-        raise _Refused("a norm or a layer is not in training")
-    network = _Network(theirs, *arguments)
-    names = [set(vars(m)) for m, *_ in network.outside]
-    calls = []
+    calls, handles = [], []
 
     def note(*_):
         calls.append(torch.is_autocast_enabled("cpu"))
 
-    handles = [step.register_forward_hook(note) for step in network.steps]
     try:
+        theirs = twin.train().requires_grad_()
+        ours = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters()})
+        plan = _Network(ours, *arguments).training_plan()
+        if plan is None:
+            raise _Refused("a layer of it does not run as one op")
+        network = _Network(theirs, *arguments)
+        names = [set(vars(m)) for m, *_ in network.outside]
+        handles += [step.register_forward_hook(note) for step in network.steps]
         expected, state = _step(theirs, theirs, x)
-    except Exception as error:  # whatever the module raises
-        raise _Refused(
-            f"it does not train on an image of shape {tuple(x.shape)}: {error}"
-        ) from None
+        got, our_state = _step(ours, lambda x: plan.run(x, lean=False), x)
+    except _Refused:
+        raise
+    except Exception as error:  # whatever the model raises
+        raise _Refused(f"it does not train on a small image: {error}") from None
     finally:
         for handle in handles:
             handle.remove()
-    got, our_state = _step(ours, lambda x: plan.run(x, lean=False), x)
     if any(calls) or len(calls) != len(network.steps):
         raise _Refused("it casts, or computes its layers again in backward")
     if not network.intact() or names != [set(vars(m)) for m, *_ in network.outside]:

@@ -12,7 +12,8 @@ backward  dx, dw_partial, dw_conv     sums of all processes            dz and su
 
 Kept from forward to backward are x, z, the statistics and the parameters, and a lean layer does not
 keep z but computes it again from x. Where no other process has a part in the statistics, eager code
-on the CPU runs both halves as one op (``batch_norm_layer``), without Python between its kernels.
+on the CPU runs both halves as one op (``batch_norm_layer``), without Python between its kernels,
+and layers that follow each other as one node of autograd (``batch_norm_layers``).
 """
 
 from __future__ import annotations
