@@ -18,7 +18,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .accelerate import NetworkPlan, accelerate, network_of, report
+from .accelerate import accelerate, report
+from .networks import NetworkPlan, network_of
 from .reference import BLOCK, EMIT, HEAD, PATCH_CONV, has_fast_tier
 
 _MAGIC, _MARK, _VERSION, _SEQUENCE, _FAST = b"FNETPLAN", 0x01020304, 1, 1, 1

@@ -119,20 +119,21 @@ class _Layers(torch.autograd.Function):
     """Layers one after another that share their statistics with no other process."""
 
     @staticmethod
-    def forward(ctx, lean, norms, acts, first, x, *parameters):
-        """``first``: from this layer on something is kept; those before it have no gradients."""
+    def forward(ctx, lean, first, layers, x, *parameters):
+        """``parameters``: those of all layers. ``first``: from this layer on something is kept;
+        those before it have no gradients."""
         op = _ops.batch_norm_layer.default
-        ctx.settings = [(norm.eps, act) for norm, act in zip(norms, acts)]
+        ctx.settings = [(norm.eps, act) for norm, act, _ in layers]
         kept, updates = [], []
-        for i, (eps, act) in enumerate(ctx.settings):
-            y, z, mean, m2 = _run(op, x, *parameters[7 * i : 7 * i + 7], eps, act)
+        for i, settings in enumerate(ctx.settings):
+            y, z, mean, m2 = _run(op, x, *parameters[7 * i : 7 * i + 7], *settings)
             kept += (x, None if lean else z, mean, m2) if i >= first else [None] * 4
             updates.append((mean, m2, z.shape[0] * z.shape[2] * z.shape[3]))
             x = y
             del y, z
         # After all kernels, which take what Python needs out of the caches.
-        for norm, update in zip(norms, updates):
-            _update_running_statistics(norm, *update)
+        for layer, update in zip(layers, updates):
+            _update_running_statistics(layer.norm, *update)
         ctx.save_for_backward(*[None] * (7 * first), *parameters[7 * first :], *kept)
         return x
 
@@ -143,7 +144,7 @@ class _Layers(torch.autograd.Function):
         n = len(ctx.settings)
         saved = ctx.saved_tensors
         parameters, kept = saved[: 7 * n], saved[7 * n :]
-        need_x, *needs = ctx.needs_input_grad[4:]
+        need_x, *needs = ctx.needs_input_grad[3:]
         grads: list[Tensor | None] = [None] * (7 * n)
         for i in reversed(range(n)):
             one = slice(7 * i, 7 * i + 7)
@@ -154,18 +155,20 @@ class _Layers(torch.autograd.Function):
             x, *statistics = kept[4 * i : 4 * i + 4]
             dy, *own = _run(op, dy, x, *parameters[one], *statistics, *ctx.settings[i], mask)
             grads[one] = [g if need else None for g, need in zip(own, needs[one])]
-        return *([None] * 4), dy if need_x else None, *grads
+        return *([None] * 3), dy if need_x else None, *grads
 
 
 def _apply(lean: bool, x: Tensor, layers: Sequence[Layer]) -> Tensor:
-    norms, acts, parameters = zip(*layers)
     first = 0
     if not torch.is_grad_enabled():
         first = len(layers)
     elif not x.requires_grad:
-        needs = [any(t is not None and t.requires_grad for t in p) for p in parameters]
-        first = (*needs, True).index(True)
-    return _Layers.apply(lean, norms, acts, first, x, *itertools.chain.from_iterable(parameters))
+        learns = [
+            any(t is not None and t.requires_grad for t in layer.parameters) for layer in layers
+        ]
+        first = (*learns, True).index(True)
+    parameters = itertools.chain.from_iterable(layer.parameters for layer in layers)
+    return _Layers.apply(lean, first, layers, x, *parameters)
 
 
 class _FromStatistics(torch.autograd.Function):

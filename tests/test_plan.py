@@ -26,7 +26,7 @@ from torch import nn
 
 import fasternet_kernels as fk
 from fasternet_kernels import watch
-from fasternet_kernels.accelerate import network_of
+from fasternet_kernels.networks import network_of
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16}
 
