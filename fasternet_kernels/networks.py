@@ -4,14 +4,15 @@ A network is a chain of stem, blocks and merging layers with a pooled head, or w
 outputs. It runs by a plan that is kept from call to call: in eval without gradients one op over
 packed weights, in training with the batch statistics of one process one node of autograd for each
 stage. Each call makes sure that the model still has the modules, parameters, buffers, modes and
-settings that the plan was made of, and no hooks; else the network runs module by module.
+settings that the plan was made of, and no hooks; else it makes a new plan, and where there can be
+none the network runs module by module.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -203,33 +204,34 @@ class Network:
         )
 
     def plan(self) -> NetworkPlan | TrainingPlan | None:
-        """The plan for the model's mode, or None if a part of it has to run by itself now."""
+        """The plan for the model's mode, or None if a part of it has to run by itself now: because
+        something is hooked in, modes are mixed, a norm is frozen or shares its statistics, or
+        weights are not the model's parameters."""
         training = self.model.training
         kept = self.kept
         if isinstance(kept, TrainingPlan if training else NetworkPlan) and kept.watch.holds():
             return kept
         self.kept = None
-        if not self._may_run() or not self.intact():
-            return None
-        parts = []
-        for step in self.steps:
-            found = None if "forward" in step.__dict__ else step.parts()
-            if found is None:
-                return None
-            parts.append(found)
-        self.kept = self._training_plan(parts) if training else self._network_plan(parts)
+        if self.intact():
+            self.kept = self._training_plan() if training else self._network_plan()
         return self.kept
 
-    def _may_run(self) -> bool:
-        """Whether what is outside the steps leaves them to a plan."""
-        if not self.model.training:
-            return not any(m.training for m in self.model.modules())
-        inside = (m for m in self.model.modules() if m is not self.model)
-        return not self.training_refused and not hooked(inside)
+    def _parts(self) -> list[tuple] | None:
+        """The parts of every step, or None if one would not run fused now."""
+        found = []
+        for step in self.steps:
+            parts = None if "forward" in step.__dict__ else step.parts()
+            if parts is None:
+                return None
+            found.append(parts)
+        return found
 
-    def _network_plan(self, parts: list) -> NetworkPlan | None:
-        watch = Watch(self.model)
-        if watch.hooked():
+    def _network_plan(self) -> NetworkPlan | None:
+        if any(m.training for m in self.model.modules()):
+            return None
+        watch = Watch(self.model)  # before anything is read: what changes meanwhile is seen later
+        parts = None if watch.hooked() else self._parts()
+        if parts is None:
             return None
         packs, steps, patches = [], [], []
         for i, (step, found) in enumerate(zip(self.steps, parts)):
@@ -260,12 +262,18 @@ class Network:
         if not stem.is_cpu:
             return None
         watch.add_packs(self.steps)
-        images = (stem.dtype, stem.shape[1], tuple(patches))
-        return NetworkPlan(watch, packs, steps, *images, self.collect)
+        dtype, channels = stem.dtype, stem.shape[1]
+        return NetworkPlan(watch, packs, steps, dtype, channels, tuple(patches), self.collect)
 
-    def _training_plan(self, parts: list) -> TrainingPlan | None:
+    def _training_plan(self) -> TrainingPlan | None:
+        inside = (m for m in self.model.modules() if m is not self.model)
+        if self.training_refused or hooked(inside):
+            return None
         parameters = list(self.model.parameters())
         if not all(p.is_leaf for p in parameters):  # lent for this call
+            return None
+        parts = self._parts()
+        if parts is None:
             return None
         known = set(map(id, parameters))
         segments: list[_Segment] = []
@@ -295,13 +303,14 @@ class Network:
         dtype, channels = weights[0].dtype, weights[0].shape[1]
         if any(w.dtype != dtype for w in weights):
             return None
-        watch, images = Watch(self.model, values=False), (dtype, channels, tuple(patches))
-        return TrainingPlan(watch, segments, self.head, weights, *images, self.collect)
+        takes = (dtype, channels, tuple(patches))
+        watch = Watch(self.model, values=False)
+        return TrainingPlan(watch, segments, self.head, weights, *takes, self.collect)
 
 
 def _training_layer(parts: tuple) -> Layer | None:
-    """A step's parts as a layer of training; None if its norm is frozen or shares its statistics,
-    or it has no kernels of one op."""
+    """A step's parts as a layer of training; None if it is not one: without a norm, with one that
+    is frozen or shares its statistics, with a bias before it, or where no one op trains it."""
     if isinstance(parts, BlockParts):
         conv, norm, act = parts.pw1, parts.norm, parts.act
         w_partial, after = parts.partial.weight, (parts.pw2.weight, parts.layer_scale, None)
@@ -350,7 +359,7 @@ def match_network(model: nn.Module) -> Network | None:
     return network
 
 
-def _units(module: nn.Module, prefix: str = "") -> Iterable[tuple[str, nn.Module]]:
+def _units(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """(path, module) of what is swapped below ``module``, and of what has no children."""
     for name, child in module._modules.items():
         if isinstance(child, Swapped) or (child is not None and not child._modules):
@@ -468,7 +477,7 @@ def _prove_training(twin: nn.Module, chain: _Chain, x: Tensor) -> None:
         theirs = twin.train().requires_grad_()
         ours = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters()})
         plan = Network(ours, chain).plan()
-        if plan is None:
+        if not isinstance(plan, TrainingPlan):  # train() may leave a model in eval mode
             raise Refused("a layer of it does not run as one op")
         network = Network(theirs, chain)
         names = [set(vars(m)) for m, *_ in network.outside]

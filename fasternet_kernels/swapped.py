@@ -149,7 +149,8 @@ class Swapped:
 
 
 def swap(module: nn.Module, mixin: type, paths: dict, act: str = "identity") -> None:
-    """Turns ``module`` into a swapped one, in place."""
+    """Turns ``module`` into a swapped one, in place. Raises Refused if its class does not allow
+    it."""
     try:
         swapped = _swapped_class(mixin, type(module))
     except (TypeError, ValueError) as error:
@@ -172,6 +173,7 @@ def swap(module: nn.Module, mixin: type, paths: dict, act: str = "identity") -> 
 
 
 def unswap(module: nn.Module) -> None:
+    """Makes a swapped module what it was."""
     record = module.__dict__.pop(RECORD)
     module.__dict__.pop("_pack", None)
     module.__class__ = module.original_class

@@ -208,6 +208,9 @@ class Own(fk.models.FasterNet):
                 x = 2 * x
         return self.forward_head(x)
 
+    def train(self, mode=True):
+        return super().train(mode and self.does != "stay in eval mode")
+
 
 @pytest.mark.parametrize(
     "does, reason",
@@ -223,6 +226,7 @@ class Own(fk.models.FasterNet):
         ("keep features", "training changes its attributes"),
         ("draw", "it draws other random numbers"),
         ("dropout", "it draws other random numbers"),
+        ("stay in eval mode", "a layer of it does not run as one op"),
     ],
 )
 def test_what_else_a_network_does_in_training(does, reason):
