@@ -10,6 +10,7 @@ none the network runs module by module.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 from collections.abc import Iterable, Iterator
@@ -25,6 +26,7 @@ from .parts import is_conv1x1
 from .proof import (
     TOLERANCE,
     agree_in_buffers,
+    discard,
     random_image,
     randomised_copy,
     relative_difference,
@@ -343,19 +345,24 @@ def match_network(model: nn.Module) -> Network | None:
     for conv in convs:
         rows, columns = rows * conv.kernel_size[0], columns * conv.kernel_size[1]
     channels = min(conv.in_channels for conv in convs)
-    image = random_image(channels, 2 * rows, columns)
+    images = (
+        random_image(channels, 2 * rows, columns),
+        # No multiple of anything, so whatever pads or crops shows.
+        random_image(channels, rows + 3, 2 * columns - 1) * 1000.0,
+    )
     twin = randomised_copy(model).eval()
-    chain = _match_chain(twin, units, image)
-    if chain is None:
-        return None
-    # No multiple of anything, so whatever pads or crops shows.
-    odd = random_image(channels, rows + 3, 2 * columns - 1) * 1000.0
-    _prove_inference(twin, chain, (image, odd))
-    network = Network(model, chain)
     try:
-        _prove_training(twin, chain, random_image(channels, 2 * rows, 2 * columns))
-    except Refused as refused:
-        network.training_refused = f"trains module by module: {refused}"
+        chain = _match_chain(twin, units, images[0])
+        if chain is None:
+            return None
+        _prove_inference(twin, chain, images)
+        network = Network(model, chain)
+        try:
+            _prove_training(twin, chain, random_image(channels, 2 * rows, 2 * columns))
+        except Refused as refused:
+            network.training_refused = f"trains module by module: {refused}"
+    finally:
+        discard(twin)
     return network
 
 
@@ -468,35 +475,41 @@ def _prove_training(twin: nn.Module, chain: _Chain, x: Tensor) -> None:
     """Raises Refused unless a step of the chain, stage by stage, is a step of the model's own
     forward: outputs, every gradient and which there are, buffers, random numbers. What a model does
     besides (dropout in its head, checkpointing, a detach, a counter) is seen only in training."""
-    calls, handles = [], []
+    calls = []
 
     def note(*_):
         calls.append(torch.is_autocast_enabled("cpu"))
 
-    try:
-        theirs = twin.train().requires_grad_()
-        ours = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters()})
-        plan = Network(ours, chain).plan()
-        if not isinstance(plan, TrainingPlan):  # train() may leave a model in eval mode
-            raise Refused("a layer of it does not run as one op")
-        network = Network(theirs, chain)
-        names = [set(vars(m)) for m, *_ in network.outside]
-        handles += [step.register_forward_hook(note) for step in network.steps]
-        expected, state = _step(theirs, theirs, x)
-        got, our_state = _step(ours, lambda x: plan.run(x, lean=False), x)
-    except Refused:
-        raise
-    except Exception as error:  # whatever the model raises
-        raise Refused(f"it does not train on a small image: {error}") from None
-    finally:
-        for handle in handles:
-            handle.remove()
-    if any(calls) or len(calls) != len(network.steps):
-        raise Refused("it casts, or computes its layers again in backward")
-    if not network.intact() or names != [set(vars(m)) for m, *_ in network.outside]:
-        raise Refused("training changes its attributes")
-    if not torch.equal(state, our_state):
-        raise Refused("it draws other random numbers")
+    with contextlib.ExitStack() as stack:
+        try:
+            theirs = twin.train().requires_grad_()
+            ours = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters()})
+            stack.callback(discard, ours)
+            plan = Network(ours, chain).plan()
+            if not isinstance(plan, TrainingPlan):  # train() may leave a model in eval mode
+                raise Refused("a layer of it does not run as one op")
+            network = Network(theirs, chain)
+            names = [set(vars(m)) for m, *_ in network.outside]
+            for step in network.steps:
+                stack.callback(step.register_forward_hook(note).remove)
+            expected, state = _step(theirs, theirs, x)
+            got, our_state = _step(ours, lambda x: plan.run(x, lean=False), x)
+        except Refused:
+            raise
+        except Exception as error:  # whatever the model raises
+            raise Refused(f"it does not train on a small image: {error}") from None
+        if any(calls) or len(calls) != len(network.steps):
+            raise Refused("it casts, or computes its layers again in backward")
+        if not network.intact() or names != [set(vars(m)) for m, *_ in network.outside]:
+            raise Refused("training changes its attributes")
+        if not torch.equal(state, our_state):
+            raise Refused("it draws other random numbers")
+        _same_results(got, expected)
+        agree_in_buffers(ours, theirs)
+
+
+def _same_results(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Raises Refused unless both are the same outputs and gradients, but for rounding."""
     if list(got) != list(expected):
         raise Refused("other parameters have gradients")
     largest = max(float(t.norm()) for t in expected.values())
@@ -505,7 +518,6 @@ def _prove_training(twin: nn.Module, chain: _Chain, x: Tensor) -> None:
         # Some gradients are nothing but rounding.
         if got[name].dtype != e.dtype or not error <= 1e-8 * float(e.norm()) + 1e-12 * largest:
             raise Refused(f"it computes another {name}")
-    agree_in_buffers(ours, theirs)
 
 
 def _step(module: nn.Module, run, x: Tensor) -> tuple[dict[str, Tensor], Tensor]:

@@ -14,7 +14,14 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from .modules import act_name
-from .proof import agree, agree_in_buffers, random_image, randomised_copy, seeded_run
+from .proof import (
+    agree,
+    agree_in_buffers,
+    discard,
+    random_image,
+    randomised_copy,
+    seeded_run,
+)
 from .swapped import RECORD, Refused, SwappedBlock, SwappedPatchConv, SwappedPConv, swap
 from .training import NORMS
 
@@ -156,19 +163,25 @@ def match_pconv(module: nn.Module) -> Match | None:
     widths = sorted({v for v in (*numbers, *(c_partial + v for v in numbers)) if v > c_partial})
     widths += [n * c_partial for n in (4, 2, 3, 8) if n * c_partial not in widths]
     twin = randomised_copy(module).eval()
-    for width in widths:
-        try:
-            y, _ = seeded_run(twin, random_image(width, 3, 5), 0)
-        except Exception:  # not the input's width
-            continue
-        if isinstance(y, Tensor) and y.dim() == 4 and y.shape[1] == width:
-            _check_plain("the 3x3 convolution", conv, (1, 1), (1, 1))
-            if conv.bias is not None:
-                raise Refused("the 3x3 convolution has a bias")
-            return Match(
-                SwappedPConv, {"partial": path}, "identity", [(width, 3, 5), (width, 4, 2)]
-            )
-    return None
+    try:
+        width = next((width for width in widths if _keeps_channels(twin, width)), None)
+    finally:
+        discard(twin)
+    if width is None:
+        return None
+    _check_plain("the 3x3 convolution", conv, (1, 1), (1, 1))
+    if conv.bias is not None:
+        raise Refused("the 3x3 convolution has a bias")
+    return Match(SwappedPConv, {"partial": path}, "identity", [(width, 3, 5), (width, 4, 2)])
+
+
+def _keeps_channels(module: nn.Module, width: int) -> bool:
+    """Whether it turns images of that many channels into such."""
+    try:
+        y, _ = seeded_run(module, random_image(width, 3, 5), 0)
+    except Exception:  # not the input's width
+        return False
+    return isinstance(y, Tensor) and y.dim() == 4 and y.shape[1] == width
 
 
 def prove(module: nn.Module, match: Match) -> None:
@@ -176,6 +189,14 @@ def prove(module: nn.Module, match: Match) -> None:
     training mode, on inputs of the order of 1 and of 1000."""
     theirs = randomised_copy(module)
     ours = copy.deepcopy(theirs)
+    try:
+        _prove(ours, theirs, match)
+    finally:
+        discard(ours)
+        discard(theirs)
+
+
+def _prove(ours: nn.Module, theirs: nn.Module, match: Match) -> None:
     swap(ours, match.mixin, match.paths, match.act)
     if not ours.as_proved():  # it would run unfused, and prove nothing
         raise Refused("global module hooks are registered")

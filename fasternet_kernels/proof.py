@@ -22,6 +22,8 @@ def randomised_copy(module: nn.Module) -> nn.Module:
         twin = copy.deepcopy(module, {id(group): group for group in groups if group is not None})
     except Exception as error:  # whatever the user put there: locks, files, tensors with history
         raise Refused(f"it cannot be copied: {error}") from None
+    if not {id(m) for m in twin.modules()}.isdisjoint(id(m) for m in module.modules()):
+        raise Refused("it cannot be copied: a module's copy is the module itself")
     for m in twin.modules():
         for hooks in (
             m._forward_hooks,
@@ -44,6 +46,13 @@ def randomised_copy(module: nn.Module) -> nn.Module:
                 bound = (3.0 / max(1, t[0].numel())) ** 0.5 if t.dim() > 1 else 1.0
                 t.uniform_(-bound, bound, generator=generator)
     return twin.requires_grad_(False)
+
+
+def discard(twin: nn.Module) -> None:
+    """Frees what a copy holds. Swapped modules refer to themselves, as the official code's do, so
+    the memory would wait for the garbage collector, which does not know what tensors weigh."""
+    for m in list(twin.modules()):
+        vars(m).clear()
 
 
 def relative_difference(a, b) -> float:

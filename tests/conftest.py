@@ -1,6 +1,10 @@
-"""Refuses to run without the compiled kernels, and fills uninitialised memory with NaN."""
+"""Refuses to run without the compiled kernels, fills uninitialised memory with NaN, and frees what
+tests leave behind."""
 
+import ctypes
+import gc
 import os
+import sys
 
 # Before torch is imported: waiting threads sleep, so a busy machine does not stall tiny calls.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -14,6 +18,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import fasternet_kernels as fk
+
+PAGE = os.sysconf("SC_PAGE_SIZE")
+MOST_MEMORY = 1 << 30  # bytes a process may gain before what nobody refers to is freed
 
 COMPILED = (
     "pconv3x3",
@@ -65,6 +72,26 @@ def poisoned_memory():
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def resident_bytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * PAGE
+
+
+_after_freeing = 0
+
+
+@pytest.fixture(autouse=True)
+def freed_memory():
+    """Models that refer to themselves wait for the garbage collector, which does not know what
+    tensors weigh: in two processes of thousands of tests they would fill a machine."""
+    yield
+    global _after_freeing
+    if sys.platform == "linux" and resident_bytes() > _after_freeing + MOST_MEMORY:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        _after_freeing = resident_bytes()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ Every value is held to the criterion in cases.py, with eager PyTorch on `plain` 
 """
 
 import copy
+import gc
 import pickle
 import re
 from functools import partial
@@ -1467,6 +1468,44 @@ def test_accelerate_disturbs_nothing():
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), state.values(), strict=True)
     )
     assert not fired
+
+
+def test_proofs_leave_no_memory():
+    """Nor wait for the garbage collector, which does not know what tensors weigh."""
+
+    def parameters():
+        return {id(t) for t in gc.get_objects() if type(t) is nn.Parameter}
+
+    for model in (small(), nn.Sequential(wild.Partial_conv3(24), wild.MLPBlock(24))):
+        before = parameters()
+        gc.disable()
+        try:
+            fk.accelerate(model)
+            assert parameters() <= before
+        finally:
+            gc.enable()
+
+
+class OneForAll(wild.MLPBlock):
+    """A module that is its own copy."""
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_module_that_is_its_own_copy(wrapped):
+    """Whatever would be done to a copy would be done to the model."""
+    block = wild.randomise(OneForAll(24)).eval()
+    x = randn(2, 24, 9, 7, seed=11)
+    with torch.no_grad():
+        expected = block(x)
+    model = fk.accelerate(nn.Sequential(block) if wrapped else block)
+    reasons = {row.path: row.reason for row in fk.report(model).refused if row.kind == "block"}
+    assert "a module's copy is the module itself" in reasons["0" if wrapped else ""]
+    fk.restore(model)
+    with torch.no_grad():
+        assert torch.equal(block(x), expected)
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
