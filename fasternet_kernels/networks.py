@@ -11,7 +11,6 @@ none the network runs module by module.
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -26,7 +25,7 @@ from .parts import is_conv1x1
 from .proof import (
     TOLERANCE,
     agree_in_buffers,
-    discard,
+    copied,
     random_image,
     randomised_copy,
     relative_difference,
@@ -229,9 +228,10 @@ class Network:
         return found
 
     def _network_plan(self) -> NetworkPlan | None:
-        if any(m.training for m in self.model.modules()):
+        # First what is cheap, for networks that never have a plan.
+        if any(m.training for m in self.model.modules()) or self._parts() is None:
             return None
-        watch = Watch(self.model)  # before anything is read: what changes meanwhile is seen later
+        watch = Watch(self.model)  # before anything is kept: what changes meanwhile is seen later
         parts = None if watch.hooked() else self._parts()
         if parts is None:
             return None
@@ -269,8 +269,9 @@ class Network:
 
     def _training_plan(self) -> TrainingPlan | None:
         inside = (m for m in self.model.modules() if m is not self.model)
-        if self.training_refused or hooked(inside):
+        if self.training_refused or hooked(inside) or self._parts() is None:
             return None
+        watch = Watch(self.model, values=False)
         parameters = list(self.model.parameters())
         if not all(p.is_leaf for p in parameters):  # lent for this call
             return None
@@ -306,7 +307,6 @@ class Network:
         if any(w.dtype != dtype for w in weights):
             return None
         takes = (dtype, channels, tuple(patches))
-        watch = Watch(self.model, values=False)
         return TrainingPlan(watch, segments, self.head, weights, *takes, self.collect)
 
 
@@ -350,8 +350,8 @@ def match_network(model: nn.Module) -> Network | None:
         # No multiple of anything, so whatever pads or crops shows.
         random_image(channels, rows + 3, 2 * columns - 1) * 1000.0,
     )
-    twin = randomised_copy(model).eval()
-    try:
+    with randomised_copy(model) as twin:
+        twin.eval()
         chain = _match_chain(twin, units, images[0])
         if chain is None:
             return None
@@ -361,8 +361,6 @@ def match_network(model: nn.Module) -> Network | None:
             _prove_training(twin, chain, random_image(channels, 2 * rows, 2 * columns))
         except Refused as refused:
             network.training_refused = f"trains module by module: {refused}"
-    finally:
-        discard(twin)
     return network
 
 
@@ -471,7 +469,7 @@ def _prove_inference(twin: nn.Module, chain: _Chain, images: Iterable[Tensor]) -
             raise Refused(f"the chain computes something else: it differs by {difference:.1e}")
 
 
-def _prove_training(twin: nn.Module, chain: _Chain, x: Tensor) -> None:
+def _prove_training(theirs: nn.Module, chain: _Chain, x: Tensor) -> None:
     """Raises Refused unless a step of the chain, stage by stage, is a step of the model's own
     forward: outputs, every gradient and which there are, buffers, random numbers. What a model does
     besides (dropout in its head, checkpointing, a detach, a counter) is seen only in training."""
@@ -482,9 +480,9 @@ def _prove_training(twin: nn.Module, chain: _Chain, x: Tensor) -> None:
 
     with contextlib.ExitStack() as stack:
         try:
-            theirs = twin.train().requires_grad_()
-            ours = copy.deepcopy(theirs, {id(p): p for p in theirs.parameters()})
-            stack.callback(discard, ours)
+            theirs.train()
+            theirs.requires_grad_()
+            ours = stack.enter_context(copied(theirs, theirs.parameters()))
             plan = Network(ours, chain).plan()
             if not isinstance(plan, TrainingPlan):  # train() may leave a model in eval mode
                 raise Refused("a layer of it does not run as one op")

@@ -7,21 +7,13 @@ convolution passes on the channels that its 3x3 convolution leaves.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Iterator
 
 from torch import Tensor, nn
 
 from .modules import act_name
-from .proof import (
-    agree,
-    agree_in_buffers,
-    discard,
-    random_image,
-    randomised_copy,
-    seeded_run,
-)
+from .proof import agree, agree_in_buffers, copied, random_image, randomised_copy, seeded_run
 from .swapped import RECORD, Refused, SwappedBlock, SwappedPatchConv, SwappedPConv, swap
 from .training import NORMS
 
@@ -162,11 +154,9 @@ def match_pconv(module: nn.Module) -> Match | None:
     numbers = [v for v in vars(module).values() if type(v) is int and v > 0]
     widths = sorted({v for v in (*numbers, *(c_partial + v for v in numbers)) if v > c_partial})
     widths += [n * c_partial for n in (4, 2, 3, 8) if n * c_partial not in widths]
-    twin = randomised_copy(module).eval()
-    try:
+    with randomised_copy(module) as twin:
+        twin.eval()
         width = next((width for width in widths if _keeps_channels(twin, width)), None)
-    finally:
-        discard(twin)
     if width is None:
         return None
     _check_plain("the 3x3 convolution", conv, (1, 1), (1, 1))
@@ -187,24 +177,15 @@ def _keeps_channels(module: nn.Module, width: int) -> bool:
 def prove(module: nn.Module, match: Match) -> None:
     """Raises Refused unless copies of the module, one swapped and one not, agree in eval and in
     training mode, on inputs of the order of 1 and of 1000."""
-    theirs = randomised_copy(module)
-    ours = copy.deepcopy(theirs)
-    try:
-        _prove(ours, theirs, match)
-    finally:
-        discard(ours)
-        discard(theirs)
-
-
-def _prove(ours: nn.Module, theirs: nn.Module, match: Match) -> None:
-    swap(ours, match.mixin, match.paths, match.act)
-    if not ours.as_proved():  # it would run unfused, and prove nothing
-        raise Refused("global module hooks are registered")
-    ours.__dict__[RECORD].lean = True  # trains fused on every device
-    for training in (False, True):
-        theirs.train(training)
-        ours.train(training)
-        when = "in training mode" if training else "in eval mode"
-        for seed, shape in enumerate(match.shapes):
-            agree(ours, theirs, random_image(*shape) * 1000.0**seed, seed, when)
-        agree_in_buffers(ours, theirs)
+    with randomised_copy(module) as theirs, copied(theirs) as ours:
+        swap(ours, match.mixin, match.paths, match.act)
+        if not ours.as_proved():  # it would run unfused, and prove nothing
+            raise Refused("global module hooks are registered")
+        ours.__dict__[RECORD].lean = True  # trains fused on every device
+        for training in (False, True):
+            theirs.train(training)
+            ours.train(training)
+            when = "in training mode" if training else "in eval mode"
+            for seed, shape in enumerate(match.shapes):
+                agree(ours, theirs, random_image(*shape) * 1000.0**seed, seed, when)
+            agree_in_buffers(ours, theirs)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,47 +14,71 @@ from .swapped import Refused
 TOLERANCE = 1e-10  # relative, in float64: what differs by more computes something else
 
 
-def randomised_copy(module: nn.Module) -> nn.Module:
+@contextlib.contextmanager
+def copied(module: nn.Module, shared: Iterable[Tensor] = ()) -> Iterator[nn.Module]:
+    """A copy that holds nothing of the module but ``shared`` and process groups, freed at the end:
+    swapped modules refer to themselves, as the official code's do, so the memory would wait for the
+    garbage collector, which does not know what tensors weigh."""
+    shared = list(shared)
+    groups = (getattr(m, "process_group", None) for m in module.modules())
+    memo = {id(value): value for value in (*shared, *groups) if value is not None}
+    try:
+        twin = copy.deepcopy(module, dict(memo))
+        common = _held(twin) & _held(module) - _held_by(shared)
+    except Exception as error:  # whatever the user put there: locks, files, tensors with history
+        raise Refused(f"it cannot be copied: {error}") from None
+    if common:
+        raise Refused("it cannot be copied: a copy holds modules or tensors of the original")
+    contents = [vars(m) for m in twin.modules()]  # now: a forward may add what is not the copy's
+    try:
+        yield twin
+    finally:
+        for own in contents:
+            own.clear()
+
+
+_HELD = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _held(module: nn.Module) -> set[int]:
+    """Addresses of what changes with the module: its modules, their dicts, tensors and storages."""
+    held = set()
+    for m in module.modules():
+        own = vars(m)
+        held |= {id(m), id(own), *(id(own[name]) for name in (*_HELD, *_HOOKS) if name in own)}
+    return held | _held_by([*module.parameters(), *module.buffers()])
+
+
+def _held_by(tensors: list[Tensor]) -> set[int]:
+    return {id(t) for t in tensors} | {t.untyped_storage().data_ptr() for t in tensors} - {0}
+
+
+@contextlib.contextmanager
+def randomised_copy(module: nn.Module) -> Iterator[nn.Module]:
     """A float64 CPU copy without hooks whose parameters and statistics are random, so that none is
     zero or one by chance."""
     if any(t.is_meta for t in module.state_dict(keep_vars=True).values()):
         raise Refused("its parameters are on the meta device")
-    groups = [getattr(m, "process_group", None) for m in module.modules()]
-    try:
-        twin = copy.deepcopy(module, {id(group): group for group in groups if group is not None})
-    except Exception as error:  # whatever the user put there: locks, files, tensors with history
-        raise Refused(f"it cannot be copied: {error}") from None
-    if not {id(m) for m in twin.modules()}.isdisjoint(id(m) for m in module.modules()):
-        raise Refused("it cannot be copied: a module's copy is the module itself")
-    for m in twin.modules():
-        for hooks in (
-            m._forward_hooks,
-            m._forward_pre_hooks,
-            m._backward_hooks,
-            m._backward_pre_hooks,
-        ):
-            hooks.clear()
-        if type(m) is nn.SyncBatchNorm:  # of one process, also where there are several
-            m.__class__, m.process_group = nn.BatchNorm2d, None
-    twin = twin.to(device="cpu", dtype=torch.float64)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, t in twin.state_dict(keep_vars=True).items():
-            if not t.is_floating_point():
-                continue
-            if name.endswith("running_var"):
-                t.uniform_(0.5, 1.5, generator=generator)
-            else:
-                bound = (3.0 / max(1, t[0].numel())) ** 0.5 if t.dim() > 1 else 1.0
-                t.uniform_(-bound, bound, generator=generator)
-    return twin.requires_grad_(False)
-
-
-def discard(twin: nn.Module) -> None:
-    """Frees what a copy holds. Swapped modules refer to themselves, as the official code's do, so
-    the memory would wait for the garbage collector, which does not know what tensors weigh."""
-    for m in list(twin.modules()):
-        vars(m).clear()
+    with copied(module) as twin:
+        for m in twin.modules():
+            for name in _HOOKS:
+                getattr(m, name).clear()
+            if type(m) is nn.SyncBatchNorm:  # of one process, also where there are several
+                m.__class__, m.process_group = nn.BatchNorm2d, None
+        twin.to(device="cpu", dtype=torch.float64)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, t in twin.state_dict(keep_vars=True).items():
+                if not t.is_floating_point():
+                    continue
+                if name.endswith("running_var"):
+                    t.uniform_(0.5, 1.5, generator=generator)
+                else:
+                    bound = (3.0 / max(1, t[0].numel())) ** 0.5 if t.dim() > 1 else 1.0
+                    t.uniform_(-bound, bound, generator=generator)
+        twin.requires_grad_(False)
+        yield twin
 
 
 def relative_difference(a, b) -> float:

@@ -19,7 +19,6 @@ if not torch.cuda.is_available():
 
 import fasternet_kernels as fk
 
-PAGE = os.sysconf("SC_PAGE_SIZE")
 MOST_MEMORY = 1 << 30  # bytes a process may gain before what nobody refers to is freed
 
 COMPILED = (
@@ -76,7 +75,7 @@ def poisoned_memory():
 
 def resident_bytes():
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * PAGE
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 _after_freeing = 0

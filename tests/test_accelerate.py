@@ -1486,26 +1486,73 @@ def test_proofs_leave_no_memory():
             gc.enable()
 
 
-class OneForAll(wild.MLPBlock):
-    """A module that is its own copy."""
+class CopiedBadly(wild.MLPBlock):
+    """A block whose copies hold something of the original: ``kind`` says what."""
+
+    kind = ""
 
     def __deepcopy__(self, memo):
-        return self
+        if self.kind == "itself":
+            return self
+        twin = object.__new__(type(self))
+        if self.kind == "dict":
+            twin.__dict__ = self.__dict__
+            return twin
+        if self.kind == "parameters":
+            memo.update((id(p), p) for p in self.parameters())
+        twin.__dict__ = copy.deepcopy(vars(self), memo)
+        if self.kind == "storages":
+            for conv, own in zip(twin.modules(), self.modules()):
+                if isinstance(conv, nn.Conv2d):
+                    conv.weight = nn.Parameter(own.weight.data)
+        if self.kind == "module":
+            twin.spatial_mixing = self.spatial_mixing
+        if self.kind == "first copy":  # which is the same as all later ones
+            twin.kind = "itself"
+        return twin
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_module_that_is_its_own_copy(wrapped):
-    """Whatever would be done to a copy would be done to the model."""
-    block = wild.randomise(OneForAll(24)).eval()
-    x = randn(2, 24, 9, 7, seed=11)
+@pytest.mark.parametrize(
+    "kind", ["", "itself", "dict", "parameters", "storages", "module", "first copy"]
+)
+def test_copies_that_share(kind, wrapped):
+    """What a proof does to a copy must not happen to the model."""
+    block = wild.randomise(CopiedBadly(24)).double().eval()
+    block.kind = kind
+    x = randn(2, 24, 9, 7, seed=11).double()
     with torch.no_grad():
         expected = block(x)
     model = fk.accelerate(nn.Sequential(block) if wrapped else block)
-    reasons = {row.path: row.reason for row in fk.report(model).refused if row.kind == "block"}
-    assert "a module's copy is the module itself" in reasons["0" if wrapped else ""]
+    rows = {(row.kind, row.path): row for row in fk.report(model).rows}
+    row = rows["block", "0" if wrapped else ""]
+    assert row.swapped == (not kind)
+    if kind:
+        assert "a copy holds modules or tensors of the original" in row.reason
     fk.restore(model)
     with torch.no_grad():
         assert torch.equal(block(x), expected)
+
+
+def test_what_a_forward_adds_is_not_of_the_copy():
+    shared = nn.Dropout(0.0)
+
+    class Lazy(timm.models.fasternet.FasterNet):
+        def forward(self, x):
+            self.lazy = shared
+            return self.lazy(super().forward(x))
+
+    fk.accelerate(Lazy(embed_dim=24, depths=(1, 1)).eval())
+    assert torch.equal(shared(torch.ones(3)), torch.ones(3))
+
+
+def test_modes_that_return_nothing():
+    class Block(wild.MLPBlock):
+        def train(self, mode=True):
+            super().train(mode)
+
+    for model in (Block(24), nn.Sequential(Block(24), wild.Partial_conv3(24))):
+        assert fk.report(fk.accelerate(model)).swapped
 
 
 # ---- Bad input -----------------------------------------------------------------------------------
