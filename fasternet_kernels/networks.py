@@ -528,7 +528,7 @@ def _step(module: nn.Module, run, x: Tensor) -> tuple[dict[str, Tensor], Tensor]
         torch.enable_grad(),
         torch.autocast("cpu", enabled=False),
     ):
-        torch.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         outputs = _as_list(run(x))
         state = torch.get_rng_state()
         torch.autograd.backward(outputs, list(map(torch.randn_like, outputs)))

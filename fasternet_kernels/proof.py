@@ -97,7 +97,8 @@ def seeded_run(module: nn.Module, x: Tensor, seed: int):
     call."""
     x = x.clone()
     with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.autocast("cpu", enabled=False):
-        torch.manual_seed(seed)
+        # torch.manual_seed would seed other devices, whose states nothing brings back.
+        torch.default_generator.manual_seed(seed)
         return module(x), x
 
 

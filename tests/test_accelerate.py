@@ -1449,7 +1449,7 @@ def test_refused_parts_beside_swapped_ones():
         wild.assert_agree(fast, plain, image(2, 9, 7))
 
 
-def test_accelerate_disturbs_nothing():
+def test_accelerate_disturbs_nothing(monkeypatch):
     """No random numbers are taken; no gradient, mode or statistic changes; no hook fires."""
     model = wild.randomise(small(drop_path_rate=0.2))
     wild.step(model.train(), image())
@@ -1460,8 +1460,11 @@ def test_accelerate_disturbs_nothing():
     fired = []
     model.stages[0].register_forward_hook(lambda *_: fired.append(1))
     random_state = torch.get_rng_state()
+    seeded_gpus = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded_gpus.append)
     fk.accelerate(model)
     assert torch.equal(torch.get_rng_state(), random_state)
+    assert not seeded_gpus
     assert [m.training for m in model.modules() if m is not model] == modes[1:]
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
     assert all(
