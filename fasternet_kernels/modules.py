@@ -244,7 +244,7 @@ class PackingModule(nn.Module):
         return super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self):
-        return {**self.__dict__, "_pack": None}
+        return {**nn.Module.__getstate__(self), "_pack": None}
 
 
 def repack(model: nn.Module) -> nn.Module:

@@ -213,7 +213,8 @@ class Network:
         if isinstance(kept, TrainingPlan if training else NetworkPlan) and kept.watch.holds():
             return kept
         self.kept = None
-        if self.intact():
+        inside = (m for m in self.model.modules() if m is not self.model)
+        if self.intact() and not hooked(inside):
             self.kept = self._training_plan() if training else self._network_plan()
         return self.kept
 
@@ -232,7 +233,7 @@ class Network:
         if any(m.training for m in self.model.modules()) or self._parts() is None:
             return None
         watch = Watch(self.model)  # before anything is kept: what changes meanwhile is seen later
-        parts = None if watch.hooked() else self._parts()
+        parts = self._parts()
         if parts is None:
             return None
         packs, steps, patches = [], [], []
@@ -268,10 +269,8 @@ class Network:
         return NetworkPlan(watch, packs, steps, dtype, channels, tuple(patches), self.collect)
 
     def _training_plan(self) -> TrainingPlan | None:
-        inside = (m for m in self.model.modules() if m is not self.model)
-        if self.training_refused or hooked(inside) or self._parts() is None:
+        if self.training_refused:
             return None
-        watch = Watch(self.model, values=False)
         parameters = list(self.model.parameters())
         if not all(p.is_leaf for p in parameters):  # lent for this call
             return None
@@ -307,6 +306,7 @@ class Network:
         if any(w.dtype != dtype for w in weights):
             return None
         takes = (dtype, channels, tuple(patches))
+        watch = Watch(self.model, values=False)
         return TrainingPlan(watch, segments, self.head, weights, *takes, self.collect)
 
 
@@ -386,19 +386,16 @@ def _watched_run(twin: nn.Module, x: Tensor, units) -> tuple[object, list[str], 
         calls.append(name)
         returned.append(output)
 
-    handles = [
-        twin.get_submodule(name).register_forward_hook(
-            lambda _module, _inputs, output, name=name: note(name, output)
-        )
-        for name in units
-    ]
-    try:
-        outputs = seeded_run(twin, x, 0)[0]
-    except Exception as error:
-        raise Refused(f"it does not run on small images: {error}") from None
-    finally:
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        try:
+            for name in units:
+                handle = twin.get_submodule(name).register_forward_hook(
+                    lambda _module, _inputs, output, name=name: note(name, output)
+                )
+                stack.callback(handle.remove)
+            outputs = seeded_run(twin, x, 0)[0]
+        except Exception as error:
+            raise Refused(f"it does not run on small images: {error}") from None
     return outputs, calls, returned
 
 
@@ -461,7 +458,11 @@ def _prove_inference(twin: nn.Module, chain: _Chain, images: Iterable[Tensor]) -
         with torch.no_grad():
             try:
                 plan = network.plan()
+                if plan is None:
+                    raise Refused("the chain does not run as one op")
                 got = _ops.network(x, plan.packs, plan.steps)
+            except Refused:
+                raise
             except Exception as error:
                 raise Refused(f"the chain does not run as one op: {error}") from None
         difference = relative_difference(list(got), expected)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -20,11 +21,14 @@ def copied(module: nn.Module, shared: Iterable[Tensor] = ()) -> Iterator[nn.Modu
     swapped modules refer to themselves, as the official code's do, so the memory would wait for the
     garbage collector, which does not know what tensors weigh."""
     shared = list(shared)
-    groups = (getattr(m, "process_group", None) for m in module.modules())
-    memo = {id(value): value for value in (*shared, *groups) if value is not None}
     try:
-        twin = copy.deepcopy(module, dict(memo))
-        common = _held(twin) & _held(module) - _held_by(shared)
+        groups = [getattr(m, "process_group", None) for m in module.modules()]
+        memo = {id(value): value for value in (*shared, *groups) if value is not None}
+        for m in module.modules():  # hooks may hold anything
+            memo |= {id(vars(m)[name]): OrderedDict() for name in _HOOKS if vars(m).get(name)}
+        twin = copy.deepcopy(module, memo)
+        del memo  # it holds the copy
+        common = _held(twin).keys() & _held(module).keys() - _held_by(shared).keys()
     except Exception as error:  # whatever the user put there: locks, files, tensors with history
         raise Refused(f"it cannot be copied: {error}") from None
     if common:
@@ -41,44 +45,58 @@ _HELD = ("_parameters", "_buffers", "_modules")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def _held(module: nn.Module) -> set[int]:
-    """Addresses of what changes with the module: its modules, their dicts, tensors and storages."""
-    held = set()
+def _held(module: nn.Module) -> dict[int, object]:
+    """What changes with the module, by address: its modules, their dicts, tensors and storages."""
+    held: dict[int, object] = {}
     for m in module.modules():
         own = vars(m)
-        held |= {id(m), id(own), *(id(own[name]) for name in (*_HELD, *_HOOKS) if name in own)}
-    return held | _held_by([*module.parameters(), *module.buffers()])
+        dicts = [own[name] for name in (*_HELD, *_HOOKS) if name in own]
+        tensors = [t for name in _HELD[:2] for t in own.get(name, {}).values() if t is not None]
+        held |= {id(value): value for value in (m, own, *dicts)} | _held_by(tensors)
+    return held
 
 
-def _held_by(tensors: list[Tensor]) -> set[int]:
-    return {id(t) for t in tensors} | {t.untyped_storage().data_ptr() for t in tensors} - {0}
+def _held_by(tensors: list[Tensor]) -> dict[int, Tensor]:
+    held = {id(t): t for t in tensors}
+    for t in tensors:
+        with contextlib.suppress(Exception):  # sparse tensors and subclasses have none
+            held[t.untyped_storage().data_ptr() or id(t)] = t
+    return held
 
 
 @contextlib.contextmanager
 def randomised_copy(module: nn.Module) -> Iterator[nn.Module]:
     """A float64 CPU copy without hooks whose parameters and statistics are random, so that none is
     zero or one by chance."""
-    if any(t.is_meta for t in module.state_dict(keep_vars=True).values()):
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         raise Refused("its parameters are on the meta device")
     with copied(module) as twin:
-        for m in twin.modules():
-            for name in _HOOKS:
-                getattr(m, name).clear()
-            if type(m) is nn.SyncBatchNorm:  # of one process, also where there are several
-                m.__class__, m.process_group = nn.BatchNorm2d, None
-        twin.to(device="cpu", dtype=torch.float64)
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, t in twin.state_dict(keep_vars=True).items():
-                if not t.is_floating_point():
-                    continue
-                if name.endswith("running_var"):
-                    t.uniform_(0.5, 1.5, generator=generator)
-                else:
-                    bound = (3.0 / max(1, t[0].numel())) ** 0.5 if t.dim() > 1 else 1.0
-                    t.uniform_(-bound, bound, generator=generator)
-        twin.requires_grad_(False)
+        try:
+            _randomise(twin)
+        except Exception as error:  # tensors and modules of other kinds may allow nothing of this
+            raise Refused(f"its copy cannot be given random weights: {error}") from None
         yield twin
+
+
+def _randomise(twin: nn.Module) -> None:
+    for m in twin.modules():
+        for name in _HOOKS:
+            getattr(m, name).clear()
+        if type(m) is nn.SyncBatchNorm:  # of one process, also where there are several
+            m.__class__, m.process_group = nn.BatchNorm2d, None
+    twin.to(device="cpu", dtype=torch.float64)
+    generator = torch.Generator("cpu").manual_seed(0)
+    owned = {id(t) for t in (*twin.parameters(), *twin.buffers())}
+    with torch.no_grad():
+        for name, t in twin.state_dict(keep_vars=True).items():
+            if id(t) not in owned or not t.is_floating_point():  # extra state, counters
+                continue
+            if name.endswith("running_var"):
+                t.uniform_(0.5, 1.5, generator=generator)
+            else:
+                bound = (3.0 / max(1, t[0].numel())) ** 0.5 if t.dim() > 1 and len(t) else 1.0
+                t.uniform_(-bound, bound, generator=generator)
+    twin.requires_grad_(False)
 
 
 def relative_difference(a, b) -> float:
@@ -86,7 +104,8 @@ def relative_difference(a, b) -> float:
     not comparable."""
     if type(a) is type(b) and type(a) in (list, tuple) and len(a) == len(b) > 0:
         differences = [relative_difference(*pair) for pair in zip(a, b)]
-        return float(torch.tensor(differences, dtype=torch.float64).max())  # keeps NaN
+        largest = torch.tensor(differences, dtype=torch.float64, device="cpu").max()  # keeps NaN
+        return float(largest)
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.shape != b.shape:
         return float("inf")
     return float((a - b).norm() / b.norm().clamp_min(1e-30))
@@ -103,8 +122,9 @@ def seeded_run(module: nn.Module, x: Tensor, seed: int):
 
 
 def random_image(channels: int, height: int, width: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(2, channels, height, width, dtype=torch.float64, generator=generator)
+    generator = torch.Generator("cpu").manual_seed(1)
+    shape = (2, channels, height, width)
+    return torch.randn(shape, dtype=torch.float64, device="cpu", generator=generator)
 
 
 def agree(ours: nn.Module, theirs: nn.Module, x: Tensor, seed: int, when: str) -> None:

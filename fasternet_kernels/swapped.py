@@ -94,7 +94,7 @@ class Swapped:
         return _rebuild, (self.mixin, self.original_class), self.__getstate__()
 
     def __getstate__(self):
-        return dict(self.__dict__)
+        return nn.Module.__getstate__(self)  # without what Module.compile made of the original
 
     def original(self, *args, **kwargs):
         """The module's original forward."""

@@ -72,7 +72,8 @@ _ALL_CONTENTS = ("_parameters", "_buffers", "_modules")
 
 _PLAIN = (int, float, str, bool, type(None))
 # What every module has, or what says nothing about its answers.
-_UNREAD = {*vars(nn.Module()), "_pack", "call_super_init", "forward"} - {"training"}
+_UNREAD = {*vars(nn.Module()), "_pack", "_compiled_call_impl", "call_super_init", "forward"}
+_UNREAD -= {"training"}
 
 
 def _is_plain(value) -> bool:
@@ -131,17 +132,14 @@ class Watch:
     def __init__(self, model: nn.Module, values: bool = True):
         modules, tensors = [], []
         kinds = ("forward", "forward_pre", *(() if values else ("backward", "backward_pre")))
-        self.hooks = [(_GLOBALS, f"_global_{kind}_hooks") for kind in kinds]
-        checks = [x for own, name in self.hooks for x in (own, name, _Empty)]
+        checks = [x for kind in kinds for x in (_GLOBALS, f"_global_{kind}_hooks", _Empty)]
         for m in model.modules():  # all of one module together: its dict is in the cache then
             own = vars(m)
             modules += m, type(m), own
             for name, value in attributes(m):
                 checks += own, name, value
             if m is not model:  # whose hooks run around its forward
-                for name in (f"_{kind}_hooks" for kind in kinds):
-                    self.hooks.append((own, name))
-                    checks += own, name, _Empty
+                checks += (x for kind in kinds for x in (own, f"_{kind}_hooks", _Empty))
             for name in _CONTENTS.get(type(m), () if type(m) in _KNOWN else _ALL_CONTENTS):
                 checks += own, name, _Contents(own[name]) or _Empty
                 if name != "_modules":
@@ -156,10 +154,6 @@ class Watch:
             self.seen = None
         else:
             self.seen = (*map(tuple, (modules, checks, versions)), *_ARGUMENTS)
-
-    def hooked(self) -> bool:
-        """Whether calling a module of the model does more than its forward."""
-        return any(own[name] for own, name in self.hooks)
 
     def add_packs(self, modules: list[nn.Module]) -> None:
         """From now on, these modules must also keep the packs that they have."""

@@ -8,17 +8,19 @@ import copy
 import gc
 import pickle
 import re
+import threading
 from functools import partial
 
 import pytest
 import torch
 import wild
-from cases import generator, randn
+from cases import generator, randn, slow_if, taking_turns
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fasternet_kernels as fk
 from bench import zoo
+from fasternet_kernels.networks import network_of
 
 timm = zoo.import_timm()
 
@@ -90,7 +92,7 @@ def t0():
 
 
 @pytest.mark.parametrize(
-    "name", [*VARIANTS[:4], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[4:])]
+    "name", [*VARIANTS[:3], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[3:])]
 )
 def test_timm_in_eval(name):
     plain, fast = twins(partial(timm.create_model, name))
@@ -108,7 +110,7 @@ def test_timm_in_eval(name):
 
 
 @pytest.mark.parametrize(
-    "name", [*VARIANTS[1:3], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[3:])]
+    "name", [VARIANTS[1], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[2:])]
 )
 def test_fast_tier(name, threads):
     """A network's error against float64 is within the documented 2e-5, as one op and module by
@@ -605,15 +607,19 @@ def test_answer_after_an_edit(edit):
     x = x.to(next(plain.parameters()).dtype)
     if edit in EDITS:
         assert is_wrong(old, plain, x), "the edit does not change the answer"
+    wild.assert_agree(fast, plain, x, run=in_all_ways)
+
+
+def in_all_ways(model, x):
     with torch.no_grad():
-        for _ in range(2):
-            wild.assert_agree(fast, plain, x)
-    wild.assert_agree(fast, plain, x)
+        results = [model(x), model(x)]
+    with torch.enable_grad():
+        results.append(model(x))
     with torch.inference_mode():
-        wild.assert_agree(fast, plain, x)
+        return [*results, model(x)]
 
 
-@pytest.mark.parametrize("edit", [*EDITS, *EDITS_SAME_VALUES])
+@pytest.mark.parametrize("edit", slow_if(lambda i, _: i % 3, [*EDITS, *EDITS_SAME_VALUES]))
 def test_training_after_an_edit(edit):
     plain, fast = exact_twins()
     wild.step(fast.train(), image_for(fast))
@@ -1019,7 +1025,9 @@ def hooked(model, x, part, seed=0):
 
 
 @pytest.mark.parametrize("part", PARTS)
-@pytest.mark.parametrize("mode", ["eval", "eval with gradients", "train"])
+@pytest.mark.parametrize(
+    "mode", ["eval", pytest.param("eval with gradients", marks=pytest.mark.slow), "train"]
+)
 def test_forward_hooks(part, mode):
     """A hook sees what it sees in eager mode, as often, and what it changes counts."""
     plain, fast = exact_twins(partial(shallow, drop_path_rate=0.1))
@@ -1093,7 +1101,7 @@ def backward_hooked(model, x, part, register):
 @pytest.mark.parametrize(
     "register", ["register_full_backward_hook", "register_full_backward_pre_hook"]
 )
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_backward_hooks(part, register, training):
     plain, fast = exact_twins(shallow)
     fast.train(training), plain.train(training)
@@ -1149,12 +1157,11 @@ WILD = {
 }
 
 
-@pytest.mark.parametrize("name", WILD)
-@pytest.mark.parametrize("folded", [False, True], ids=["as built", "folded"])
-def test_wild_networks(name, folded):
+@pytest.mark.parametrize("name, how", taking_turns(WILD, ["as built", "folded"]))
+def test_wild_networks(name, how):
     make, *expected = WILD[name]
     plain = wild.randomise(make()).eval()
-    if folded:
+    if how == "folded":
         wild.fuse_conv_bn(plain)
     fast = fk.accelerate(copy.deepcopy(plain))
     found = {kind: len(paths) for kind, paths in rows(fast).items()}
@@ -1547,6 +1554,62 @@ def test_what_a_forward_adds_is_not_of_the_copy():
 
     fk.accelerate(Lazy(embed_dim=24, depths=(1, 1)).eval())
     assert torch.equal(shared(torch.ones(3)), torch.ones(3))
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("compiled", ["", "stages.0", "stages.0.blocks.0", "classifier"])
+def test_copies_of_compiled_modules(compiled, train):
+    """Module.compile leaves a bound method of the original in a module, which no copy may keep."""
+    plain = wild.randomise(shallow()).train(train)
+    before = copy.deepcopy(plain.state_dict())
+    plain.get_submodule(compiled).compile(backend="eager")
+    fast = fk.accelerate(plain)
+    for key, value in plain.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    assert not fk.report(fast).refused
+    with torch.no_grad():
+        for twin in (pickle.loads(pickle.dumps(fast)), copy.deepcopy(fast)):
+            for p in twin.parameters():
+                p.zero_()
+            assert not twin(image(2, 32, 48)).any()
+            assert network_of(twin).kept is not None, "it does not run as a whole"
+        assert fast(image(2, 32, 48)).any()
+
+
+def test_hooks_are_not_copied():
+    """They may hold what cannot be copied, or much."""
+    plain = wild.randomise(shallow()).eval()
+    lock = threading.Lock()
+    fast = copy.deepcopy(plain)
+    for m in fast.modules():
+        m.register_forward_hook(lambda *_: print(lock, end=""))
+        m.register_forward_pre_hook(partial(lambda lock, *_: None, lock))
+    fk.accelerate(fast)
+    assert not fk.report(fast).refused
+    assert all(m._forward_hooks and m._forward_pre_hooks for m in fast.modules())
+    with torch.no_grad():
+        wild.assert_agree(fast, plain, image(2, 32, 48))
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda m: m.register_buffer("links", torch.eye(3).to_sparse(), persistent=False),
+        lambda m: m.register_buffer("nothing", torch.empty(0, 3)),
+        lambda m: setattr(m, "classifier", torch.jit.script(m.classifier)),
+        lambda m: setattr(m.conv_head, "get_extra_state", lambda: {"made of": "numbers"}),
+    ],
+    ids=["sparse buffer", "empty buffer", "scripted classifier", "extra state"],
+)
+def test_parts_of_other_kinds(edit):
+    plain = wild.randomise(shallow()).eval()
+    edit(plain)
+    x = image(2, 32, 48)
+    with torch.no_grad():
+        expected = plain(x)
+        fast = fk.accelerate(plain)
+        assert {row.kind for row in fk.report(fast).swapped} >= {"block", "patch_conv"}
+        torch.testing.assert_close(fast(x), expected)
 
 
 def test_modes_that_return_nothing():
