@@ -20,6 +20,7 @@ from fasternet_kernels.reference import ACTS, compute_dtype
 from fasternet_kernels.selftest import allowed_errors, errors
 
 FORMATS = {"nhwc": torch.channels_last, "nchw": torch.contiguous_format}
+slow = pytest.mark.slow
 DTYPES = {
     "fp32": torch.float32,
     "fp64": torch.float64,
@@ -81,16 +82,24 @@ EDGES = [
 def taking_turns(cases, ways):
     """(case, way) parameters, all there are. Each case is quick in one of the ways, which changes
     from stage to stage and from network to network; in the others it is slow, and everywhere if it
-    is wider than 512 channels."""
+    is wider than 192 channels. Cases and ways are cases, strings or numbers."""
     return [
         pytest.param(
             case,
             way,
-            id=f"{case.id}-{way}",
-            marks=[pytest.mark.slow] * ((i + i // 4) % len(ways) != j or case.channels > 512),
+            id="-".join(str(getattr(part, "id", part)) for part in (case, way)),
+            marks=[slow] * ((i + i // 4) % len(ways) != j or getattr(case, "channels", 0) > 192),
         )
         for i, case in enumerate(cases)
         for j, way in enumerate(ways)
+    ]
+
+
+def slow_if(condition, values, ids=str):
+    """A parameter for each value, slow where the condition of its position and itself holds."""
+    return [
+        pytest.param(v, id=ids(v), marks=[slow] * bool(condition(i, v)))
+        for i, v in enumerate(values)
     ]
 
 

@@ -533,6 +533,7 @@ def test_cli(capsys, monkeypatch, tmp_path):
     assert "no provider 'tvm'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_cli_parts(capsys, monkeypatch, tmp_path):
     """The whole run's tables, after a resumption too."""
     monkeypatch.setattr(session, "CACHE", tmp_path)
@@ -745,6 +746,7 @@ def drawn(rows, folder):
     return {file.stem: file.read_bytes() for file in plot.draw(rows, folder, ["svg"])}
 
 
+@pytest.mark.slow
 def test_times_side_by_side_are_of_one_run(tmp_path):
     """A later run of a part changes no table and no chart, one of everything all of them."""
     timed = {n: make for n, make in pages.TABLES.items() if n not in ("left-out", "errors")}
@@ -916,6 +918,7 @@ def test_a_gradient_that_is_off_shows(tmp_path):
     assert right[0] <= training.GATE["gelu"] < wrong[0]
 
 
+@pytest.mark.slow
 def test_a_training_step(tmp_path):
     """Measured, written, judged and shown; what is wrong, or does not run, gets no number."""
     path = tmp_path / "rows.csv"
@@ -952,6 +955,7 @@ def test_a_training_step(tmp_path):
     assert all(v.met is None for v in training.judge(read))
 
 
+@pytest.mark.slow
 def test_a_training_provider_that_dies(tmp_path, monkeypatch):
     """While it is timed: that costs its own numbers only."""
     found = session.Process.request

@@ -14,6 +14,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 INSTANCES = 2 * 3 * 4  # dtypes, widths of a copy, steps of 16 channels
 
 
+pytestmark = pytest.mark.slow  # nvcc takes its time
+
+
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     """The library that `make cuda` builds; warnings are errors there."""

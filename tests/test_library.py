@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from cases import slow_if
 
 import fasternet_kernels as fk
 
@@ -65,7 +66,13 @@ def test_loaded_and_overriding():
     assert not fk.library.has_kernel("act_pw_residual_recompute_backward")  # composed of others
 
 
-@pytest.mark.parametrize("library", [None, b"no shared library"], ids=["missing", "unloadable"])
+@pytest.mark.parametrize(
+    "library",
+    [
+        pytest.param(None, id="missing"),
+        pytest.param(b"no shared library", id="unloadable", marks=pytest.mark.slow),
+    ],
+)
 def test_without_the_library(copied_package, library):
     """Importing works, warns once with the reason, and the ops run their reference; info says so;
     check and the tests fail."""
@@ -104,7 +111,10 @@ def test_an_unknown_isa_is_an_error(isa):
     )
 
 
-@pytest.mark.parametrize("isa", fk.library.status().available_isas)
+@pytest.mark.parametrize(
+    "isa",
+    slow_if(lambda _, isa: isa != fk.library.status().isa, fk.library.status().available_isas),
+)
 def test_check_passes_on_every_isa(isa):
     code = "import sys; from fasternet_kernels.cli import main; sys.exit(main(['check']))"
     result = run(code, PACKAGE.parent, isa=isa)

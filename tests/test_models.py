@@ -90,7 +90,7 @@ def assert_same_weights(model, expected):
 
 
 @pytest.mark.parametrize(
-    "name", [*VARIANTS[:4], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[4:])]
+    "name", [*VARIANTS[:3], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[3:])]
 )
 def test_equals_timm(name):
     """Same keys in the same order, and the same answers in eval, in training and in gradients."""
@@ -118,7 +118,9 @@ def test_equals_timm(name):
         torch.testing.assert_close(ours_.grad, theirs_.grad, msg=lambda text, key=key: key + text)
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize(
+    "name", [*VARIANTS[:3], *(pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[3:])]
+)
 def test_drop_path_rates_equal_timm(name):
     def rates(model):
         return [
@@ -130,7 +132,9 @@ def test_drop_path_rates_equal_timm(name):
     assert rates(getattr(models, name)()) == rates(timm.create_model(name))
 
 
-@pytest.mark.parametrize("size", WIDTHS)
+@pytest.mark.parametrize(
+    "size", [pytest.param(s, marks=[pytest.mark.slow] * (s in "sml")) for s in WIDTHS]
+)
 def test_features_only(size):
     """The four stages' outputs, equal to timm's, and no head."""
     name = f"fasternet_{size}"

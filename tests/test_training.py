@@ -91,8 +91,10 @@ def kept_bytes(model, x, call=wild.call):
 
 @pytest.mark.parametrize(
     "make, share, lean_share",
-    [(fk.models.fasternet_t0, 0.48, 0.22), (fk.models.fasternet_s, 0.58, 0.25)],
-    ids=["t0", "s"],
+    [
+        pytest.param(fk.models.fasternet_t0, 0.48, 0.22, id="t0"),
+        pytest.param(fk.models.fasternet_s, 0.58, 0.25, id="s", marks=pytest.mark.slow),
+    ],
 )
 def test_kept_for_backward(make, share, lean_share):
     plain = make(drop_path_rate=0.0).train()
@@ -600,7 +602,8 @@ def test_autocast_with_a_scaler(lean):
     assert all(torch.equal(a, b) for a, b in zip(*gradients))
 
 
-@pytest.mark.parametrize("lean", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("lean", [False, True])
 def test_compiled_step_of_t0(lean):
     compiled_step("aot_eager", lean)
 

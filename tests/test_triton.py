@@ -51,7 +51,10 @@ STAGES = [
 FLOATS = ["fp32", "fp16"]
 
 
-@pytest.fixture(params=["fused", "split"])
+PATHS = ["fused", "split"]
+
+
+@pytest.fixture(params=PATHS)
 def path(request):
     """Few multiprocessors have enough to do with whole blocks; many get blocks in parts."""
     with common.pretend(multiprocessors=1 if request.param == "fused" else 1000):
@@ -165,7 +168,7 @@ def test_stage_patch_conv(channels, dtype):
 # ---- Edges ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", EDGES, ids=lambda c: c.id)
+@pytest.mark.parametrize("case, path", taking_turns(EDGES, PATHS), indirect=["path"])
 def test_edge(case, path):
     fmt = FORMATS["nhwc" if path == "fused" else "nchw"]
     x, w = image(case, torch.float16, fmt), weights(case, torch.float16)
@@ -191,7 +194,7 @@ def check_special(name, got, broken, clean, *args):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-@pytest.mark.parametrize("act", ACTS)
+@pytest.mark.parametrize("act, path", taking_turns(ACTS, PATHS), indirect=["path"])
 def test_nan_and_infinity(act, path):
     case = Case(1, 40, 6, 7, act=act)
     x, w = image(case, torch.float16), weights(case, torch.float16)
@@ -207,7 +210,7 @@ def test_nan_and_infinity(act, path):
         check_special("block", KERNELS["block"](broken, *args), broken, x, *args)
         args = pw_arguments(x, w, act)[1:]
         check_special("pconv_pw", KERNELS["pconv_pw"](broken, *args), broken, x, *args)
-        if act == "relu" and path == "fused":
+        if path == "fused":
             weight = w["w_partial"]
             got = KERNELS["pconv3x3"](broken, weight)
             check_special("pconv3x3", got, broken, x, weight)
@@ -216,15 +219,16 @@ def test_nan_and_infinity(act, path):
             check_special("pconv3x3", in_place, broken, x, weight)
 
 
-@pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize(
-    "case",
-    [
-        Case(1, 16, 17, 40, n_div=2),  # tiles in both directions, the last ones partly outside
-        Case(2, 12, 33, 6, n_div=4),  # tiles that span the width; three channels
-        Case(1, 20, 9, 34, n_div=2, extra=3),
-    ],
-    ids=lambda c: c.id,
+    "case, dtype",
+    taking_turns(
+        [
+            Case(1, 16, 17, 40, n_div=2),  # tiles in both directions, the last ones partly outside
+            Case(2, 12, 33, 6, n_div=4),  # tiles that span the width; three channels
+            Case(1, 20, 9, 34, n_div=2, extra=3),
+        ],
+        FLOATS,
+    ),
 )
 def test_in_place_in_any_order(case, dtype, shuffled):
     check_in_place(image(case, DTYPES[dtype]), weights(case, DTYPES[dtype])["w_partial"])

@@ -20,6 +20,7 @@ from cases import (
     image,
     loop_conv,
     randn,
+    slow_if,
     taking_turns,
     weights,
 )
@@ -248,14 +249,16 @@ def test_stages(case, dtype):
             check(name, calls[name])
 
 
-@pytest.mark.parametrize("case, dtype", zip(TILES, FLOATS), ids=FLOATS)
-@pytest.mark.parametrize("name", PARITY)
-def test_many_tiles(name, case, dtype, few_programs):
+@pytest.mark.parametrize("name, dtype", taking_turns(PARITY, FLOATS))
+def test_many_tiles(name, dtype, few_programs):
     """Several tiles of pixels in a program, and several programs."""
-    check(name, arguments(case, DTYPES[dtype])[name])
+    check(name, arguments(TILES[FLOATS.index(dtype)], DTYPES[dtype])[name])
 
 
-@pytest.mark.parametrize("channels, dtype, wide", [(80, "fp32", 80), (144, "fp16", 256)])
+@pytest.mark.parametrize(
+    "channels, dtype, wide",
+    [(80, "fp32", 80), pytest.param(144, "fp16", 256, marks=pytest.mark.slow)],
+)
 def test_shipped_tiles(channels, dtype, wide, shipped_tiles, monkeypatch):
     """Several blocks of channels; both places where the partial convolution runs; the gradient of z
     in memory from ``wide`` channels on."""
@@ -266,7 +269,10 @@ def test_shipped_tiles(channels, dtype, wide, shipped_tiles, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "case", [c for c in EDGES if c.channels < 100 and c.width < 100], ids=lambda c: c.id
+    "case",
+    slow_if(
+        lambda i, _: i % 2, [c for c in EDGES if c.channels < 100 and c.width < 100], lambda c: c.id
+    ),
 )
 def test_edges(case):
     calls = arguments(case, torch.float32)
@@ -296,7 +302,7 @@ def test_acts(name, act):
     check(name, call)
 
 
-@pytest.mark.parametrize("name", BACKWARD)
+@pytest.mark.parametrize("name", slow_if(lambda _, name: " " in name, BACKWARD))
 def test_output_masks(name):
     """Each gradient alone is what it is among all; the others are empty."""
     call = arguments(SMALL, torch.float32)[name]
